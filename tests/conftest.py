@@ -1,0 +1,160 @@
+"""What several test files share: a tiny model and a tiny data set in the official layouts, and the command line."""
+
+import io
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+LANGUAGES = ("de", "en", "fr")
+ANIMALS = {"de": "hund katze kuh", "en": "dog cat cow", "fr": "chien chat vache"}
+VERBS = {"de": "schlafen essen trinken", "en": "sleep eat drink", "fr": "dormir manger boire"}
+LABELS = ("neutral", "contradiction", "entailment")
+
+XNLI_COLUMNS = """language gold_label sentence1_binary_parse sentence2_binary_parse sentence1_parse sentence2_parse
+sentence1 sentence2 promptID pairID genre label1 label2 label3 label4 label5 sentence1_tokenized sentence2_tokenized
+match""".split()
+
+
+def sentences(language, i):
+    """The i-th premise and hypothesis of a language: of different lengths."""
+    animal, verb = ANIMALS[language].split()[i % 3], VERBS[language].split()[i // 3 % 3]
+    return " ".join([animal, verb] * (1 + i % 5)), " ".join([verb, *[animal] * (i % 4)])
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer(tmp_path_factory):
+    """A sentencepiece.bpe.model that is XLM-R's in kind: unigram, <unk> <s> </s> first."""
+    import sentencepiece
+
+    model = io.BytesIO()
+    text = [" ".join(sentences(language, i)) for language in LANGUAGES for i in range(60)]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(text), model_writer=model, vocab_size=60, hard_vocab_limit=False, minloglevel=2
+    )
+    file = tmp_path_factory.mktemp("tokenizer") / "sentencepiece.bpe.model"
+    file.write_bytes(model.getvalue())
+    return file
+
+
+@pytest.fixture(scope="session")
+def make_model(tiny_tokenizer, tmp_path_factory):
+    """make_model(num_hidden_layers=2, ...): a new folder with a masked language model of these sizes, as transformers
+    saves it, with random weights, and the tiny tokeniser."""
+    import sentencepiece
+    import torch
+    from transformers import XLMRobertaConfig, XLMRobertaForMaskedLM
+
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=tiny_tokenizer.read_bytes()).get_piece_size()
+
+    def make(**sizes):
+        folder = tmp_path_factory.mktemp("model")
+        sizes = {
+            "vocab_size": pieces + 2, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64,
+            "num_hidden_layers": 12, "max_position_embeddings": 66, "type_vocab_size": 1, "layer_norm_eps": 1e-5, **sizes,
+        }  # fmt: skip
+        model = XLMRobertaForMaskedLM(XLMRobertaConfig(**sizes))
+        torch.manual_seed(0)
+        with torch.no_grad():  # no parameter is all 0 or all 1
+            for name, p in model.named_parameters():
+                p.copy_(0.1 * torch.randn_like(p) + name.endswith("LayerNorm.weight"))
+        model.save_pretrained(folder)
+        (folder / tiny_tokenizer.name).write_bytes(tiny_tokenizer.read_bytes())
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_model(make_model):
+    """A folder with a model of 12 layers and hidden size 32. Not to be written to."""
+    return make_model()
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory):
+    """A data folder in the layout of the official archives: German, English and French, 12 dev and 12 test pairs each,
+    60 English training pairs. Not to be written to."""
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "XNLI-1.0").mkdir()
+    for split, start in (("dev", 0), ("test", 12)):
+        lines = ["\t".join(XNLI_COLUMNS)]
+        for language in LANGUAGES:
+            for i in range(start, start + 12):
+                row = dict(zip(("sentence1", "sentence2"), sentences(language, i)))
+                row |= {"language": language, "gold_label": LABELS[i * 7 % 3]}
+                lines.append("\t".join(row.get(column, "") for column in XNLI_COLUMNS))
+        (folder / "XNLI-1.0" / f"xnli.{split}.tsv").write_text("\n".join(lines) + "\n")
+    train = folder / "XNLI-MT-1.0" / "multinli" / "multinli.train.en.tsv"
+    train.parent.mkdir(parents=True)
+    rows = ["\t".join([*sentences("en", i), ("neutral", "contradictory", "entailment")[i * 7 % 3]]) for i in range(60)]
+    train.write_text("\n".join(["premise\thypo\tlabel", *rows]) + "\n")
+    return folder
+
+
+@dataclass
+class Result:
+    """What a command came to."""
+
+    status: int
+    out: str
+    err: str
+
+    @property
+    def messages(self):
+        """The lines of stderr that address the user; the others show progress."""
+        return [line for line in self.err.splitlines() if line.startswith("slowfast.py: ")]
+
+
+@pytest.fixture
+def run_main(capsys):
+    """run_main("xnli", "--model", ...): slowfast.py's command line, in this process."""
+    import slowfast
+
+    def run(*arguments):
+        capsys.readouterr()
+        try:
+            status = slowfast.main([str(a) for a in arguments])
+        except SystemExit as e:
+            status = e.code
+        return Result(status, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def start_command(tmp_path):
+    """start_command("slowfast.py", "xnli", ...): a Popen of a script in a process of its own, one thread, in an empty
+    folder. `code` in place of the script runs that text, as with python -c."""
+    started = []
+
+    def start(script, *arguments, code=None, **options):
+        command = [sys.executable, *(["-c", code] if code else [str(ROOT / script)]), *map(str, arguments)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        (tmp_path / "here").mkdir(exist_ok=True)
+        pipes = {name: subprocess.PIPE for name in ("stdin", "stdout", "stderr")}
+        started.append(subprocess.Popen(command, cwd=tmp_path / "here", env=environment, text=True, **pipes, **options))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture
+def run_command(start_command):
+    """run_command("slowfast.py", "xnli", ...): the same, to its end: a Result."""
+
+    def run(*arguments, **options):
+        process = start_command(*arguments, **options)
+        out, err = process.communicate(timeout=120)
+        return Result(process.returncode, out, err)
+
+    return run
