@@ -15,7 +15,7 @@ ARGS    ?=
 RUN := .venv/bin/python
 E5  := models/multilingual-e5-small
 
-.PHONY: demo test xnli clean demo-% xnli-run-%
+.PHONY: demo test xnli clean
 .SECONDARY:
 
 # --- what the others need ---
@@ -60,12 +60,12 @@ xnli: $(RUNS)
 
 # One target per method, so that % is the seed (a method's name may hold a dash).
 define xnli_runs
-xnli-run-$(1)-seed%: $(DATA)/XNLI-1.0/xnli.test.tsv $(MODEL)/model.safetensors
+xnli-run-$(1)-seed%: $(DATA)/XNLI-MT-1.0/multinli/multinli.train.en.tsv $(MODEL)/model.safetensors
 	$(RUN) slowfast.py xnli --method $(1) --seed $$* --model $(MODEL) --data $(DATA) --shots $(SHOTS) $(ARGS)
 endef
 $(foreach method,$(METHODS),$(eval $(call xnli_runs,$(method))))
 
-$(DATA)/XNLI-1.0/xnli.test.tsv: | .venv/run
+$(DATA)/XNLI-MT-1.0/multinli/multinli.train.en.tsv: | .venv/run
 	$(RUN) data.py fetch xnli --data $(DATA)
 
 clean:

@@ -318,12 +318,13 @@ class SlowFast:
         if c1 < 0 or c2 < 0 or not r > 0 or window < 1:
             raise ValueError(f"c1 {c1} and c2 {c2} must not be negative, r {r} positive, window {window} at least 1")
         if phase not in ("loss", "fraction") or policy4 not in ("on", "off", "auto"):
-            raise ValueError(f"phase is 'loss' or 'fraction', not {phase!r}; policy4 'on', 'off' or 'auto', not {policy4!r}")
+            raise ValueError(f"phase {phase!r} is not 'loss' or 'fraction', or policy4 {policy4!r} not 'on', 'off' or 'auto'")
         if phase == "fraction" and not (total_updates and 0 <= fraction <= 1):
             raise ValueError(f"phase='fraction' needs total_updates, and a fraction of 0 to 1, not {fraction}")
         if not any(group.get("name") in CELLS for group in optimizer.param_groups):
             raise ValueError("the optimiser's groups have no names: build it with param_groups(model)")
-        if any(isinstance(getattr(hook, "__self__", None), SlowFast) for hook in optimizer._optimizer_step_pre_hooks.values()):
+        hooks = optimizer._optimizer_step_pre_hooks.values()
+        if any(isinstance(getattr(hook, "__self__", None), SlowFast) for hook in hooks):
             raise ValueError("this optimiser has policies already: K would be applied twice")
         self.optimizer, self.method, self.c1, self.c2, self.r = optimizer, method, c1, c2, r
         self.threshold, self.phase, self.policy4 = threshold, phase, policy4
@@ -353,11 +354,12 @@ class SlowFast:
 
     @staticmethod
     def _mean_over_ranks(loss):
+        loss = float(loss.detach()) if isinstance(loss, torch.Tensor) else float(loss)
         distributed = torch.distributed
         if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
-            return float(loss.detach() if isinstance(loss, torch.Tensor) else loss)
-        device = loss.device if isinstance(loss, torch.Tensor) else "cpu"
-        total = torch.as_tensor(loss, dtype=torch.float64, device=device).detach().clone()
+            return loss
+        device = "cuda" if distributed.get_backend() == "nccl" else "cpu"  # what the ranks can exchange
+        total = torch.tensor(loss, dtype=torch.float64, device=device)
         distributed.all_reduce(total)
         return float(total) / distributed.get_world_size()
 
@@ -666,6 +668,7 @@ def due_at(run):
     due = {what: bool(n) and t > 0 and t % n == 0 for what, n in every.items()}
     due["similarity"] = s["policy4"] == "auto" and t > 0 and t % 100 == 0 and reads_c2(run.policies.method)
     due["evaluation"] |= t == run.total
+    due["log"] |= t == run.total
     return due
 
 
@@ -716,8 +719,11 @@ def write_log(run, entry):
         "lr": run.lr, "updates_in_first_phase": p.updates_in_first_phase, **entry,
     }  # fmt: skip
     file = run.out / "log.jsonl"
-    with open(file, "r+b" if file.exists() else "wb") as log:
-        log.seek(run.log_bytes)
+    with open(file, "r+b" if file.exists() else "w+b") as log:
+        there = log.read(run.log_bytes)
+        if len(there) < run.log_bytes:  # a power cut took its end: the lines that are whole stay
+            there = there[: there.rfind(b"\n") + 1]
+        log.seek(len(there))
         log.write((json.dumps(line) + "\n").encode())
         log.truncate()
         run.log_bytes = log.tell()
@@ -727,7 +733,13 @@ def write_log(run, entry):
 def save_checkpoint(run):
     from model import replace
 
-    replace(run.out / "checkpoint.pt", lambda file: torch.save(run.state_dict(), file))
+    def write(file):
+        try:
+            torch.save(run.state_dict(), file)
+        except RuntimeError as e:  # all that torch's writer says of a full disk is "enforce fail ... unexpected pos"
+            raise OSError(f"{file} could not be written: is the disk full?") from e
+
+    replace(run.out / "checkpoint.pt", write)
 
 
 class WholeUpdates:
@@ -787,44 +799,66 @@ def parse(argv=None):
     add = parser.add_argument
     add("task", choices=TASKS, help="xnli: train on MultiNLI English, test on XNLI's languages")
     add("--method", default="slowfast", metavar="NAME", help="one of those below (default: slowfast, the paper's)")
-    add("--seed", type=whole(0), default=1, metavar="N", help="of the head, dropout, order and few-shot draw (paper: 4 seeds)")
-    add("--model", required=True, metavar="DIR", help="config.json, model.safetensors, sentencepiece.bpe.model of an XLM-R")
+    add("--seed", type=whole(0), default=1, metavar="N",
+        help="of the head, dropout, order and few-shot draw (paper: 4 seeds)")
+    add("--model", required=True, metavar="DIR",
+        help="config.json, model.safetensors, sentencepiece.bpe.model of an XLM-R")
     add("--data", default="data", metavar="DIR", help="where the official archives are unpacked (default: data)")
-    add("--out", metavar="DIR", help="the run's directory (default: runs/TASK/METHOD-... of what differs from the defaults)")
+    add("--out", metavar="DIR",
+        help="the run's directory (default: runs/TASK/METHOD-... of what differs from the defaults)")
     add("--cache", default="cache", metavar="DIR", help="tokenised data is kept here (default: cache)")
     add("--languages", metavar="LIST", help="such as en,de,zh (default: all that the data holds)")
-    add("--shots", type=whole(0), default=0, metavar="M", help="few-shot: examples of each other language (paper: 0, 5, 10, 20)")
-    add("--select", choices=["all", "en"], default="all", help="the best model by the mean of all dev sets, or English (paper: all)")
+    add("--shots", type=whole(0), default=0, metavar="M",
+        help="few-shot: examples of each other language (paper: 0, 5, 10, 20)")
+    add("--select", choices=["all", "en"], default="all",
+        help="the best model by the mean of all dev sets, or English (paper: all)")
     group = parser.add_argument_group("the policies")
     add = group.add_argument
     add("--c1", type=number(0), default=0.01, metavar="K", help="K of policy I, at most 1 (paper: 0.01)")
     add("--c2", type=number(0), default=10.0, metavar="K", help="K of policy IV, at least 1 (paper: 10)")
-    add("--r", type=number(0, above=True), default=3.0, metavar="R", help="the power in R = max(1 - phi^r, 0) (paper: 3)")
-    add("--window", type=whole(1), default=100, metavar="N", help="updates a loss is averaged over for phi (paper: 100)")
-    add("--threshold", type=number(), default=0.1, metavar="X", help="P1: the loss fell by more than this from window to window (paper: 0.1)")
-    add("--phase", choices=["loss", "fraction"], default="loss", help="P1 by the learning curve (Section 4.1) or as the first part of the run (2.2)")
-    add("--fraction", type=number(0, 1), default=0.2, metavar="F", help="with --phase fraction: this part of the updates (paper: 0.2)")
-    add("--policy4", choices=["on", "off", "auto"], help="auto: only while the last two layers' CKA still drops (paper: on, off for NER)")
+    add("--r", type=number(0, above=True), default=3.0, metavar="R",
+        help="the power in R = max(1 - phi^r, 0) (paper: 3)")
+    add("--window", type=whole(1), default=100, metavar="N",
+        help="updates a loss is averaged over for phi (paper: 100)")
+    add("--threshold", type=number(), default=0.1, metavar="X",
+        help="P1: the loss fell by more than this from window to window (paper: 0.1)")
+    add("--phase", choices=["loss", "fraction"], default="loss",
+        help="P1 by the learning curve (Section 4.1) or as the first part of the run (2.2)")
+    add("--fraction", type=number(0, 1), default=0.2, metavar="F",
+        help="with --phase fraction: this part of the updates (paper: 0.2)")
+    add("--policy4", choices=["on", "off", "auto"],
+        help="auto: only while the last two layers' CKA still drops (paper: on, off for NER)")
     group = parser.add_argument_group("training")
     add = group.add_argument
-    add("--lr", type=number(0), metavar="X", help="the rate at the end of the warm-up (paper: 5e-6; MLQA 3e-5; small models want 5e-5)")
+    add("--lr", type=number(0), metavar="X",
+        help="the rate at the end of the warm-up (paper: 5e-6; MLQA 3e-5; small models want 5e-5)")
     add("--batch-size", type=whole(1), metavar="N", help="examples an update (paper: 32; MLQA 12)")
     add("--epochs", type=whole(1), metavar="N", help="passes over the training set (paper: 10)")
-    add("--max-updates", type=whole(1), metavar="N", help="end after this many updates; warm-up and decay fit themselves to it")
-    add("--warmup", type=number(0, 1), default=0.1, metavar="F", help="the rate rises over this part of the updates (default: 0.1)")
-    add("--clip", type=number(0), default=1.0, metavar="X", help="the gradient's norm is cut at this, 0 for never (default: 1)")
+    add("--max-updates", type=whole(1), metavar="N",
+        help="end after this many updates; warm-up and decay fit themselves to it")
+    add("--warmup", type=number(0, 1), default=0.1, metavar="F",
+        help="the rate rises over this part of the updates (default: 0.1)")
+    add("--clip", type=number(0), default=1.0, metavar="X",
+        help="the gradient's norm is cut at this, 0 for never (default: 1)")
     add("--max-length", type=whole(5), metavar="N", help="pieces of an example (paper: 128)")
     add("--micro-batch", type=whole(1), metavar="N", help="compute this many examples at a time, if memory is short")
     add("--device", help="cpu, cuda, cuda:1 (default: cuda if there is one)")
-    add("--precision", choices=["bf16", "fp32"], help="of the matrix products (default: bf16 where the device is fast at it)")
+    add("--precision", choices=["bf16", "fp32"],
+        help="of the matrix products (default: bf16 where the device is fast at it)")
     group = parser.add_argument_group("measuring")
     add = group.add_argument
-    add("--eval-every", type=whole(0), metavar="N", help="updates between evaluations on the dev sets; there is one at the end (paper: 3000)")
-    add("--gap-every", type=whole(0), default=100, metavar="N", help="updates between measurements of the gap, 0 for none (paper: 100)")
-    add("--gap-examples", type=whole(1), default=200, metavar="N", help="dev examples a language that the gap is measured on (default: 200)")
-    add("--log-every", type=whole(1), default=100, metavar="N", help="updates between lines of log.jsonl (default: 100)")
-    add("--save-every", type=whole(0), default=1000, metavar="N", help="updates between checkpoints, 0 for only where it stops (default: 1000)")
-    add("--eval-tokens", type=whole(1), default=4096, metavar="N", help="tokens in a batch of an evaluation (default: 4096)")
+    add("--eval-every", type=whole(0), metavar="N",
+        help="updates between evaluations on the dev sets; there is one at the end (paper: 3000)")
+    add("--gap-every", type=whole(0), default=100, metavar="N",
+        help="updates between measurements of the gap, 0 for none (paper: 100)")
+    add("--gap-examples", type=whole(1), default=200, metavar="N",
+        help="dev examples a language that the gap is measured on (default: 200)")
+    add("--log-every", type=whole(1), default=100, metavar="N",
+        help="updates between lines of log.jsonl (default: 100)")
+    add("--save-every", type=whole(0), default=1000, metavar="N",
+        help="updates between checkpoints, 0 for only where it stops (default: 1000)")
+    add("--eval-tokens", type=whole(1), default=4096, metavar="N",
+        help="tokens in a batch of an evaluation (default: 4096)")
     add("--no-test", action="store_true", help="do not evaluate the test sets at the end")
     args = parser.parse_args(argv)
     for name, value in TASKS[args.task].items():
@@ -884,7 +918,8 @@ def settings_of(args, task, device):
     for part in (task.train, *task.dev.values(), *task.test.values()):
         for values in (part.ids, part.offsets, part.labels):
             digest.update(values.tobytes())
-    weights = "".join(file_sha256(file) for file in sorted(Path(args.model).glob("*.safetensors")))
+    files = [Path(args.model, "config.json"), *sorted(Path(args.model).glob("*.safetensors"))]
+    weights = "".join(file_sha256(file) for file in files if file.is_file())
     s = {name: value for name, value in vars(args).items() if name not in NOT_A_SETTING}
     s["languages"] = sorted(task.dev)
     s["precision"] = args.precision or fast_precision(device)
@@ -901,10 +936,9 @@ def default_out(args):
     return Path("runs", args.task, Path(args.model).resolve().name, "-".join([args.method, *differing, f"seed{args.seed}"]))
 
 
-def open_run_directory(out, s):
-    """Makes the directory, or checks that it is this run's. Returns True if the run is finished."""
+def is_finished(out, s):
+    """Whether the run in `out` is finished. Raises InputError if the directory is something else than this run's."""
     from data import InputError
-    from model import replace
 
     file = out / "settings.json"
     if file.is_file():
@@ -919,15 +953,20 @@ def open_run_directory(out, s):
         return (out / "result.json").is_file()
     if out.is_dir() and any(out.iterdir()):
         raise InputError(f"{out} is not empty and not a run's directory; give another --out")
-    out.mkdir(parents=True, exist_ok=True)
-    replace(file, lambda part: part.write_text(json.dumps(s, indent=2) + "\n"))
     return False
+
+
+def open_run_directory(out, s):
+    """From here on the directory is the run's: a start that failed before this has left nothing behind."""
+    from model import replace
+
+    out.mkdir(parents=True, exist_ok=True)
+    replace(out / "settings.json", lambda file: file.write_text(json.dumps(s, indent=2) + "\n"))
 
 
 def start(args):
     """One run, from its options to its result.json."""
     import data
-    import eval
     import model as xlmr
 
     tokenizer = data.Tokenizer(args.model)
@@ -936,13 +975,14 @@ def start(args):
     device = choose_device(args.device)
     s = settings_of(args, task, device)
     out = Path(args.out) if args.out else default_out(args)
-    if open_run_directory(out, s):
+    if is_finished(out, s):
         print(f"{out}: this run is finished; its result is in result.json")
         return
     task.train, task.dev = data.few_shot(task.train, task.dev, s["shots"], s["seed"])
 
     torch.manual_seed(s["seed"])
     model = xlmr.load(args.model, task.labels)
+    check_fit(model.config, tokenizer, task)
     reference = copy.deepcopy(model.roberta).eval().to(device) if s["policy4"] == "auto" else None
     try:
         prepare(model, METHODS[s["method"]])
@@ -952,9 +992,24 @@ def start(args):
     model.to(device)
     # micro_batch, eval_tokens and the like may change from session to session: they are no part of settings.json
     run = Run(model, task, {**vars(args), **s}, out, device)
+    open_run_directory(out, s)
     go_on(run)
-    fit(run, gap_sets(task.dev, s["gap_examples"]), reference, Progress(run))
+    with Progress(run) as show:
+        fit(run, gap_sets(task.dev, s["gap_examples"]), reference, show)
     finish(run, s)
+
+
+def check_fit(config, tokenizer, task):
+    """Raises InputError where a model has too few rows for the tokeniser's pieces or for the length of an example."""
+    from data import InputError
+
+    if tokenizer.vocab_size > config.vocab_size:
+        raise InputError(f"the tokeniser has {tokenizer.vocab_size} pieces and the model a vocab_size of "
+                         f"{config.vocab_size}: they do not belong together")  # fmt: skip
+    longest = max(int(part.lengths.max()) for part in (task.train, *task.dev.values(), *task.test.values()))
+    room = config.max_position_embeddings - 2
+    if longest > room:
+        raise InputError(f"an example has {longest} pieces and the model positions for {room}: give --max-length {room}")
 
 
 def choose_device(name):
@@ -962,7 +1017,7 @@ def choose_device(name):
 
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).cpu()
     except (RuntimeError, AssertionError) as e:
         raise InputError(f"--device {name}: {str(e).splitlines()[0]}") from e
     return device
@@ -1009,6 +1064,7 @@ def finish(run, s):
         "method": s["method"], "seed": s["seed"], "shots": s["shots"], "settings": s,
         "dev": {**run.best, **eval.summary(run.best["scores"])},
         "test": test,
+        "best_update": run.best["update"],
         "updates": run.total,
         "updates_in_first_phase": run.policies.updates_in_first_phase,
         "tokens_per_second": round(run.tokens / run.training_seconds, 1),
@@ -1036,6 +1092,19 @@ class Progress:
         self.began, self.first = time.monotonic(), run.update
         self.shown = 0.0
         self.announced = False
+        self.open = False  # a line on a terminal that is still to be renewed or ended
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.end_line()
+
+    def end_line(self):
+        """Whatever is printed next, a message above all, begins on a line of its own."""
+        if self.open:
+            print(file=sys.stderr)
+        self.open = False
 
     def __call__(self, run, doing="", line=False):
         terminal = sys.stderr.isatty()
@@ -1045,8 +1114,7 @@ class Progress:
         self.shown = now
         text = self.text(run, now) + (f"  {doing}" if doing else "")
         print(f"\r{text}\033[K" if terminal else text, end="" if terminal else "\n", file=sys.stderr, flush=True)
-        if terminal and run.update == run.total and not doing:
-            print(file=sys.stderr)
+        self.open = terminal
 
     def text(self, run, now):
         p = run.policies
@@ -1067,6 +1135,7 @@ class Progress:
         self.announced = True
         left = self.left(run, now)
         if left > self.SLOW:
+            self.end_line()
             print(f"slowfast.py: on this CPU this will take about {duration(left)}. It goes on; Ctrl-C stops it, and the same "
                   "command goes on from there. For a CPU there are the small model of `make demo` and --max-updates.",
                   file=sys.stderr)  # fmt: skip
@@ -1090,8 +1159,11 @@ def main(argv=None):
     try:
         start(args)
         return 0
-    except (InputError, FloatingPointError) as e:
+    except InputError as e:
         print(f"slowfast.py: {e}", file=sys.stderr)
+        return 2
+    except FloatingPointError as e:
+        print(f"slowfast.py: {e}; it has diverged: try another --out with a smaller --lr, or --precision fp32", file=sys.stderr)
         return 2
     except OSError as e:
         print(f"slowfast.py: {e}; nothing is lost: the same command goes on from the last checkpoint", file=sys.stderr)

@@ -300,8 +300,14 @@ def test_a_missing_weight_is_named(tmp_path, name):
     fails(tmp_path, f"roberta.{name}", "missing", folder=tmp_path)
 
 
-@pytest.mark.parametrize("name", ["roberta.encoder.layer.1.attention.self.query.weight", "roberta.embeddings.LayerNorm.bias",
-                                  "classifier.out_proj.weight"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "roberta.encoder.layer.1.attention.self.query.weight",
+        "roberta.embeddings.LayerNorm.bias",
+        "classifier.out_proj.weight",
+    ],
+)
 def test_a_wrong_shape_is_named(tmp_path, name):
     saved(tmp_path, lambda weights: weights.update({name: torch.zeros(7, 5)}))
     fails(tmp_path / "model.safetensors", name, "(7, 5)", folder=tmp_path)
@@ -465,6 +471,15 @@ def test_the_padding_row_does_not_move(rows):
     assert torch.equal(after[25:], before[25:]) and not torch.equal(after[4:25], before[4:25])
 
 
+@pytest.mark.parametrize("rows", [None, ROWS], ids=["table", "rows"])
+def test_the_padding_row_has_no_gradient(rows):
+    model = trained(rows, updates=0)
+    ids = batch((12, 3), 25)
+    (model.roberta(ids) ** 3).sum().backward()  # of the padding's states, too
+    words = model.roberta.embeddings.word_embeddings.weight
+    assert (words.grad[1] == 0).all() and (words.grad[0] != 0).any()  # ROWS are 0, 2, ...: in both its place is 1
+
+
 def test_the_state_of_trained_rows_goes_round():
     some = trained(ROWS)
     state = copy.deepcopy(some.state_dict())
@@ -564,7 +579,9 @@ def test_the_packed_model_becomes_the_xlmr_it_should(tmp_path):
     xlmr.convert_e5(tmp_path / "packed.bin", tmp_path / "out")
 
     expected = {f"roberta.{name}": torch.tensor(values) for name, values in bert.items()}
-    words, positions, types = (f"roberta.embeddings.{kind}_embeddings.weight" for kind in ("word", "position", "token_type"))
+    words, positions, types = (
+        f"roberta.embeddings.{kind}_embeddings.weight" for kind in ("word", "position", "token_type")
+    )
     expected[words] = expected[words][:PIECES]
     expected[positions] = torch.cat([torch.zeros(2, HIDDEN), expected[positions]])
     expected[types] = expected[types][:1]
@@ -582,14 +599,17 @@ def test_the_packed_model_becomes_xlmr_exactly(tmp_path):
     (tmp_path / "packed.bin").write_bytes(content)
     xlmr.convert_e5(tmp_path / "packed.bin", tmp_path / "out")
     bert = BertModel(BertConfig(
-        vocab_size=ROWS_STORED, hidden_size=HIDDEN, num_hidden_layers=LAYERS, num_attention_heads=HEADS, intermediate_size=INSIDE,
-        max_position_embeddings=POSITIONS, type_vocab_size=TYPES, layer_norm_eps=1e-12, attn_implementation="eager",
+        vocab_size=ROWS_STORED, hidden_size=HIDDEN, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
+        intermediate_size=INSIDE, max_position_embeddings=POSITIONS, type_vocab_size=TYPES, layer_norm_eps=1e-12,
+        attn_implementation="eager",
     ), add_pooling_layer=False).eval()  # fmt: skip
     bert.load_state_dict({name: torch.tensor(w) for name, w in values.items()}, strict=True)
     ids = batch((20, 4, 11), PIECES)
     real = ids != 1
     expected = theirs(bert, ids, output_hidden_states=True).hidden_states
-    for ours, other in zip(xlmr.load(tmp_path / "out", LABELS).eval().roberta.hidden_states(ids), expected, strict=True):
+    for ours, other in zip(
+        xlmr.load(tmp_path / "out", LABELS).eval().roberta.hidden_states(ids), expected, strict=True
+    ):
         near(ours[real], other[real])
     near(theirs(AutoModel.from_pretrained(tmp_path / "out").eval(), ids).last_hidden_state[real], expected[-1][real])
 

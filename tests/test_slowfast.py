@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, example, given, settings
+from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,7 +38,9 @@ from slowfast import (  # noqa: E402
 )
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
-thorough = settings(max_examples=25, deadline=None)
+# No test depends on time: neither on how long an example takes nor on how long it takes to draw.
+untimed = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.filter_too_much]}
+thorough = settings(max_examples=15, **untimed)
 
 # --- stand-ins for a model: its parameters' names are what the method sees ------------------------------------
 
@@ -47,11 +49,11 @@ ATTENTION = [
     for part in ("self.query", "self.key", "self.value", "output.dense", "output.LayerNorm")
     for kind in ("weight", "bias")
 ]
-FEED_FORWARD = [f"{part}.{kind}" for part in ("intermediate.dense", "output.dense", "output.LayerNorm") for kind in ("weight", "bias")]
-EMBEDDINGS = [
-    f"embeddings.{part}"
-    for part in ("word_embeddings.weight", "position_embeddings.weight", "token_type_embeddings.weight", "LayerNorm.weight", "LayerNorm.bias")
+FEED_FORWARD = [
+    f"{part}.{kind}" for part in ("intermediate.dense", "output.dense", "output.LayerNorm") for kind in ("weight", "bias")
 ]
+EMBEDDINGS = [f"embeddings.{part}_embeddings.weight" for part in ("word", "position", "token_type")]
+EMBEDDINGS += ["embeddings.LayerNorm.weight", "embeddings.LayerNorm.bias"]
 HEAD = [f"classifier.{part}.{kind}" for part in ("dense", "out_proj") for kind in ("weight", "bias")]
 
 
@@ -67,7 +69,7 @@ def xlmr_names(depth=12):
 
 def few_names(depth=12):
     """One weight of each block, of the embeddings and of the head."""
-    each = ("attention.self.query.weight", "intermediate.dense.weight", "output.LayerNorm.bias")
+    each = ("attention.self.query.weight", "intermediate.dense.weight")
     encoder = EMBEDDINGS[:1] + [name for n in range(depth) for name in layer(n, each)]
     return [f"roberta.{name}" for name in encoder] + HEAD[-1:]
 
@@ -95,19 +97,26 @@ def random_stand_in(names, matrix=(6, 4), seed=0):
     )
 
 
-def set_gradients(model, value=1.0):
+def set_gradients(model):
+    """A gradient of 1 for every weight."""
     for p in model.parameters():
-        if p.requires_grad:
-            p.grad = torch.full_like(p, value)
+        p.grad = torch.ones_like(p)
 
 
 def measured_K(model, optimizer, rate):
     """{name: K}, from how far one step of plain SGD with gradient 1 moves each weight: rate * K."""
-    for p in model.parameters():
-        p.data.zero_()
-    set_gradients(model)
+    names, weights = zip(*model.named_parameters(), strict=True)
+    if weights[0].grad is None:
+        set_gradients(model)
+    torch._foreach_zero_([p.data for p in weights])
     optimizer.step()
-    return {name: -p.item() / rate for name, p in model.named_parameters()}
+    moved = torch.cat([p.data for p in weights]) / -rate
+    return dict(zip(names, moved.tolist(), strict=True))
+
+
+def assert_K(K, expected):
+    """`expected` is a function of the name."""
+    np.testing.assert_allclose(list(K.values()), [float(expected(name)) for name in K], rtol=1e-9, atol=1e-12)
 
 
 # --- the oracle: Sections 2.3 to 4.1 --------------------------------------------------------------------------
@@ -139,7 +148,7 @@ WITH_K = [*POLICIES, *ENLARGED]
 
 
 def block_of(name):
-    """"roberta.encoder.layer.3.output.dense.bias" -> (3, "feed-forward"); None outside of layers."""
+    """roberta.encoder.layer.3.output.dense.bias -> (3, "feed-forward"); None outside of layers."""
     parts = name.split(".")
     if "layer" not in parts:
         return None
@@ -219,7 +228,7 @@ def long_trace(seed):
 def follow(names, losses, method, schedule=lambda t: 0.5, **options):
     """Feeds `losses` to a run; yields (t, policies, {name: the K that the optimiser applied}) at each update."""
     model = stand_in(names)
-    optimizer = torch.optim.SGD(param_groups(model), lr=1.0)
+    optimizer = torch.optim.SGD(param_groups(model), lr=1.0, foreach=True)
     policies = SlowFast(optimizer, method=method, **options)
     for t, loss in enumerate(losses, 1):
         for group in optimizer.param_groups:
@@ -246,11 +255,10 @@ def test_K_of_each_weight_follows_the_formulas(method, losses, window, r, c1, c2
         assert policies.updates_in_first_phase == in_first_phase
         assert policies.phi == (None if phi is None else pytest.approx(phi, rel=1e-12))
         assert policies.R == (None if phi is None else pytest.approx(big_R, rel=1e-9, abs=1e-12))
-        expected = {name: oracle_K(name, method, first, big_R, **constants) for name in K}
-        assert K == pytest.approx(expected, rel=1e-9, abs=1e-12)
+        assert_K(K, lambda name: oracle_K(name, method, first, big_R, **constants))
 
 
-@pytest.mark.parametrize("method", WITH_K)
+@pytest.mark.parametrize("method", ["fs", "ff", "slowfast", "swap-V"])
 def test_K_with_the_papers_windows(method):
     """100 + 100 updates, threshold 0.1, c1 0.01, c2 10, r 3, which are the defaults; the run comes back to P1."""
     losses, phases = long_trace(1), []
@@ -259,21 +267,23 @@ def test_K_with_the_papers_windows(method):
         first, phi, big_R = oracle_curve(losses[:t])
         phases.append(first)
         assert (policies.in_first_phase, policies.updates_in_first_phase) == (first, sum(phases)), t
-        assert K == pytest.approx({name: oracle_K(name, method, first, big_R) for name in K}, rel=1e-9, abs=1e-12), t
+        assert_K(K, lambda name: oracle_K(name, method, first, big_R))
     changes = [t for t in range(2, 801) if phases[t - 1] != phases[t - 2]]
     assert phases[:199] == [True] * 199, "until both windows are full the run is in P1"
     assert len(changes) >= 4, "the trace should leave P1, come back and leave it again"
 
 
 @pytest.mark.parametrize("method", [*WITHOUT_K, *WITH_K])
-@pytest.mark.parametrize(("losses", "first"), [([2.0, 1.5], True), ([2.0, 1.95], False), ([2.0, 2.5], False)], ids=["P1", "P2", "rise"])
+@pytest.mark.parametrize(
+    ("losses", "first"), [([2.0, 1.5], True), ([2.0, 1.95], False), ([2.0, 2.5], False)], ids=["P1", "P2", "rise"]
+)
 def test_the_K_of_every_parameter_of_xlmr(method, losses, first):
     """With all 201 names: encoder.layer.3.intermediate.dense.weight, ..., classifier.out_proj.bias."""
     *_, (_, policies, K) = follow(xlmr_names(), losses, method, window=1)
     _, _, big_R = oracle_curve(losses, window=1)
     assert policies.in_first_phase == first
     assert len(K) == 5 + 12 * 16 + 4
-    assert K == pytest.approx({name: oracle_K(name, method, first, big_R) for name in K}, rel=1e-12, abs=1e-12)
+    assert_K(K, lambda name: oracle_K(name, method, first, big_R))
 
 
 @pytest.mark.parametrize(
@@ -312,7 +322,7 @@ def test_a_loss_of_0_divides_nothing_by_0(losses, phi, big_R):
 
 
 @pytest.mark.parametrize("policy4", ["on", "off", "auto"])
-@pytest.mark.parametrize("method", ["slowfast", "ff", "only-V_I", "swap-V", "enlarge-2-attention"])
+@pytest.mark.parametrize("method", ["slowfast", "swap-V", "enlarge-2-attention"])
 @thorough
 @given(traces(), st.data())
 def test_policy_4_on_off_and_auto(method, policy4, losses, data):
@@ -320,12 +330,13 @@ def test_policy_4_on_off_and_auto(method, policy4, losses, data):
     assume(not on_the_edge(losses, 2, 0.1))
     measured = []
     # 64ths are exact in binary, so that equal means are equal
-    similarities = data.draw(st.lists(st.integers(48, 64).map(lambda n: n / 64), min_size=len(losses), max_size=len(losses)))
+    size = {"min_size": len(losses), "max_size": len(losses)}
+    similarities = [n / 64 for n in data.draw(st.lists(st.integers(48, 64), **size))]
     for t, policies, K in follow(few_names(), losses, method, window=2, policy4=policy4):
         first, _, big_R = oracle_curve(losses[:t], 2)
         falls = len(measured) >= 10 and np.mean(measured[-5:]) < np.mean(measured[-10:-5])
         active = {"on": True, "off": False, "auto": falls}[policy4]
-        assert K == pytest.approx({name: oracle_K(name, method, first, big_R, policy4=active) for name in K}, rel=1e-9, abs=1e-12)
+        assert_K(K, lambda name: oracle_K(name, method, first, big_R, policy4=active))
         measured.append(similarities[t - 1])
         policies.observe_similarity(similarities[t - 1])
 
@@ -340,8 +351,8 @@ def test_phase_by_fraction(losses, window, total, hundredths):
     for t, policies, K in follow(few_names(), losses, "slowfast", **options):
         first = t <= Fraction(hundredths, 100) * total
         _, phi, big_R = oracle_curve(losses[:t], window)
-        expected = {name: oracle_K(name, "slowfast", first, 1 if phi is None else big_R) for name in K}
-        assert (policies.in_first_phase, K) == (first, pytest.approx(expected, rel=1e-9, abs=1e-12))
+        assert policies.in_first_phase == first
+        assert_K(K, lambda name: oracle_K(name, "slowfast", first, 1 if phi is None else big_R))
 
 
 def test_the_loss_rule_is_the_default():
@@ -350,7 +361,13 @@ def test_the_loss_rule_is_the_default():
 
 
 @thorough
-@given(traces(), st.integers(1, 4), st.sampled_from(["slowfast", "swap-V", "only-S_I"]), st.sampled_from(["on", "auto"]), st.data())
+@given(
+    traces(),
+    st.integers(1, 4),
+    st.sampled_from(["slowfast", "swap-V", "only-S_I"]),
+    st.sampled_from(["on", "auto"]),
+    st.data(),
+)
 def test_state_dict_goes_on_identically(losses, window, method, policy4, data):
     stop = data.draw(st.integers(0, len(losses)))
 
@@ -358,7 +375,8 @@ def test_state_dict_goes_on_identically(losses, window, method, policy4, data):
         for loss in part:
             policies.observe(loss)
             K = measured_K(model, policies.optimizer, 1.0)
-            yield K, policies.multipliers, policies.phi, policies.R, policies.in_first_phase, policies.updates_in_first_phase
+            shown = policies.multipliers, policies.phi, policies.R, policies.in_first_phase
+            yield K, *shown, policies.updates_in_first_phase
             policies.observe_similarity(loss / 4)
 
     def new():
@@ -391,6 +409,7 @@ def test_more_losses_than_two_windows_are_refused():
         smaller.load_state_dict(policies.state_dict())
 
 
+@settings(**untimed)
 @given(st.lists(st.floats(0, 100), max_size=30), st.integers(1, 8))
 def test_learning_curve_windows(losses, window):
     curve = LearningCurve(window)
@@ -487,12 +506,22 @@ def test_a_loop_that_never_observes_is_warned():
             policies.optimizer.step()
 
 
+def test_a_resumed_loop_that_never_observes_is_warned():
+    *_, (_, stopped, _) = follow(few_names(), [1.0, 1.0], "slowfast")
+    policies, model = policies_of()
+    policies.load_state_dict(stopped.state_dict())
+    set_gradients(model)
+    with pytest.warns(UserWarning, match="observe"):
+        policies.optimizer.step()
+
+
 RANK = """
 import json, os, sys, torch
 sys.path.insert(0, sys.argv[1])
 from slowfast import SlowFast, param_groups
 rank = int(sys.argv[2])
-torch.distributed.init_process_group("gloo", init_method="file://" + sys.argv[3], rank=rank, world_size=2)
+store = torch.distributed.FileStore(sys.argv[3], 2)
+torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
 model = torch.nn.Module()
 model.encoder = torch.nn.Module()
 model.encoder.layer = torch.nn.ModuleList()
@@ -510,15 +539,19 @@ try:
     policies.observe(float("nan") if rank else 1.0)
 except FloatingPointError as e:
     told.append(str(e))
-print(json.dumps(told))
-torch.distributed.destroy_process_group()
+print(json.dumps(told), flush=True)
+store.set(f"done {rank}", "")  # neither leaves while the other may still wait for its part of a sum
+store.wait(["done 0", "done 1"])
+os._exit(0)
 """
 
 
 def test_ranks_average_their_losses_and_have_the_same_K(tmp_path):
     """Two processes of torch.distributed; a NaN on one of them stops both."""
     losses = [[2.0, 1.0], [1.0, 0.5], [0.75, 0.5], [0.5, 0.625], [0.25, 0.875]]
-    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if sys.platform == "linux":
+        environment["GLOO_SOCKET_IFNAME"] = "lo"
     ranks = [
         subprocess.Popen(
             [sys.executable, "-c", RANK, str(ROOT), str(rank), str(tmp_path / "meeting"), json.dumps(losses)],
@@ -541,9 +574,10 @@ def test_ranks_average_their_losses_and_have_the_same_K(tmp_path):
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"c1": -0.01}, {"c1": math.nan}, {"c2": -1}, {"c2": math.nan}, {"c2": math.inf}, {"r": 0}, {"r": -3}, {"r": math.nan},
+        {"c1": -0.01}, {"c1": math.nan}, {"c2": -1}, {"c2": math.nan}, {"r": 0}, {"r": -3}, {"r": math.nan},
         {"window": 0}, {"window": -100}, {"phase": "first"}, {"policy4": "yes"}, {"policy4": True}, {"phase": "fraction"},
-        {"phase": "fraction", "total_updates": 100, "fraction": 1.1}, {"phase": "fraction", "total_updates": 100, "fraction": -0.1},
+        {"phase": "fraction", "total_updates": 100, "fraction": 1.1},
+        {"phase": "fraction", "total_updates": 100, "fraction": -0.1},
         {"phase": "fraction", "total_updates": 0}, {"phase": "fraction", "total_updates": -5},
     ],
     ids=str,
@@ -571,8 +605,7 @@ def test_a_second_set_of_policies_raises():
     with pytest.raises(ValueError, match="already"):
         SlowFast(policies.optimizer)
     policies.observe(1.0)
-    K = measured_K(model, policies.optimizer, 1.0)
-    assert K["roberta.encoder.layer.0.intermediate.dense.weight"] == pytest.approx(0.01), "the first is still in force, once"
+    assert_K(measured_K(model, policies.optimizer, 1.0), lambda name: oracle_K(name, "slowfast", True, None))
 
 
 # --- the update is scaled -------------------------------------------------------------------------------------
@@ -585,7 +618,9 @@ OPTIMISERS = {
     "AdamW": lambda p: torch.optim.AdamW(p, lr=RATE, weight_decay=0.1, foreach=False),
     "AdamW foreach": lambda p: torch.optim.AdamW(p, lr=RATE, weight_decay=0.1, foreach=True),
     "AdamW fused": lambda p: torch.optim.AdamW(p, lr=RATE, weight_decay=0.1, fused=True),
-    "AdamW, rate a tensor": lambda p: torch.optim.AdamW(p, lr=torch.tensor(RATE, dtype=torch.float64), weight_decay=0.1, foreach=False),
+    "AdamW, rate a tensor": lambda p: torch.optim.AdamW(
+        p, lr=torch.tensor(RATE).double(), weight_decay=0.1, foreach=False
+    ),
     "AdamW fused, rate a tensor": lambda p: torch.optim.AdamW(p, lr=torch.tensor(RATE), weight_decay=0.1, fused=True),
     "AdamW amsgrad": lambda p: torch.optim.AdamW(p, lr=RATE, weight_decay=0.1, amsgrad=True),
     "Adam": lambda p: torch.optim.Adam(p, lr=RATE, weight_decay=0.1),
@@ -602,14 +637,12 @@ A_K_EACH = {"S_I-S_II": 0.25, "S_II": 0.01, "V_I-V_II": 3, "V_II": 10, "rest": 0
 ONE_EACH = Method("every cell has a K of its own", P1=A_K_EACH, P2=A_K_EACH)
 
 
-def cell_by_hand(name):
-    where = block_of(name)
-    if where is None:
-        return "rest"
-    at, block = where
-    if at < 4 and block == FFN:
-        return "S_II"
-    return "S_I-S_II" if at < 10 else "V_II" if block == ATT else "V_I-V_II"
+def one_each(name):
+    """The K of ONE_EACH for a weight of 12 layers."""
+    for cell in ("S_II", "V_II"):
+        if is_in(name, cell):
+            return A_K_EACH[cell]
+    return A_K_EACH["S_I-S_II" if is_in(name, "S_I") else "V_I-V_II" if is_in(name, "V_I") else "rest"]
 
 
 def random_gradients(*models, generator):
@@ -639,8 +672,8 @@ def test_the_change_of_each_weight_is_K_times_the_unscaled_change(kind, steps_be
         optimizer.step(*[lambda: 1.0] * with_closure)
     for (name, a), b in zip(plain.named_parameters(), scaled.parameters(), strict=True):
         change = a - before[name]
-        assert change.abs().min() > 1e-9
-        torch.testing.assert_close(b - before[name], A_K_EACH[cell_by_hand(name)] * change, rtol=1e-6, atol=1e-14, msg=name)
+        assert change.abs().min() > 1e-10
+        torch.testing.assert_close(b - before[name], one_each(name) * change, rtol=1e-6, atol=1e-14, msg=name)
     for a, b in zip(optimizers[0].param_groups, optimizers[1].param_groups, strict=True):
         assert a["lr"] == b["lr"] and type(a["lr"]) is type(b["lr"])
 
@@ -652,9 +685,8 @@ def test_the_change_of_each_weight_is_K_times_the_unscaled_change(kind, steps_be
 def test_the_change_is_K_times_the_unscaled_one_on_a_gpu(options):
     generator = torch.Generator().manual_seed(0)
     plain, scaled = random_stand_in(few_names()).cuda(), random_stand_in(few_names()).cuda()
-    optimizers = [
-        torch.optim.AdamW(param_groups(m), lr=torch.tensor(RATE, dtype=torch.float64, device="cuda"), **options) for m in (plain, scaled)
-    ]
+    rate = torch.tensor(RATE, dtype=torch.float64, device="cuda")
+    optimizers = [torch.optim.AdamW(param_groups(m), lr=rate, **options) for m in (plain, scaled)]
     before = {name: p.detach().clone() for name, p in plain.named_parameters()}
     policies = SlowFast(optimizers[1], method=ONE_EACH)
     random_gradients(plain, scaled, generator=generator)
@@ -662,7 +694,7 @@ def test_the_change_is_K_times_the_unscaled_one_on_a_gpu(options):
     for optimizer in optimizers:
         optimizer.step()
     for (name, a), b in zip(plain.named_parameters(), scaled.parameters(), strict=True):
-        torch.testing.assert_close(b - before[name], A_K_EACH[cell_by_hand(name)] * (a - before[name]), rtol=1e-6, atol=1e-14)
+        torch.testing.assert_close(b - before[name], one_each(name) * (a - before[name]), rtol=1e-6, atol=1e-14)
 
 
 @pytest.mark.parametrize("kind", ["AdamW", "our Adam"])
@@ -694,66 +726,68 @@ SCHEDULERS = {
     "LambdaLR": lambda o: schedulers.LambdaLR(o, warmup_then_decay(300)),
     "CosineAnnealingLR": lambda o: schedulers.CosineAnnealingLR(o, 300),
     "CosineAnnealingWarmRestarts": lambda o: schedulers.CosineAnnealingWarmRestarts(o, 40),
-    "OneCycleLR": lambda o: schedulers.OneCycleLR(o, 0.1, total_steps=301),
+    "OneCycleLR": lambda o: schedulers.OneCycleLR(o, 0.1, total_steps=301, cycle_momentum=False),
     "ReduceLROnPlateau": lambda o: schedulers.ReduceLROnPlateau(o, factor=0.7, patience=5),
     "SequentialLR": lambda o: schedulers.SequentialLR(
         o, [schedulers.LinearLR(o, 0.1, 1, 50), schedulers.ExponentialLR(o, 0.98)], milestones=[50]
     ),
-    "ChainedScheduler": lambda o: schedulers.ChainedScheduler([schedulers.LinearLR(o, 0.1, 1, 50), schedulers.StepLR(o, 60, 0.5)]),
+    "ChainedScheduler": lambda o: schedulers.ChainedScheduler(
+        [schedulers.LinearLR(o, 0.1, 1, 50), schedulers.StepLR(o, 60, 0.5)]
+    ),
 }
+# 300 updates, from P1 to P2 and back
 A_FALL_AND_A_RISE = [*np.linspace(3, 1, 100), *np.full(60, 1.0), *np.linspace(1, 2, 60), *np.linspace(2, 0.5, 80)]
 
 
-@pytest.mark.parametrize("tensor_rate", [False, True], ids=["", "rate a tensor"])
+def rates_of(optimizer):
+    return [float(group["lr"]) for group in optimizer.param_groups]
+
+
 @pytest.mark.parametrize("policies_first", [False, True], ids=["scheduler first", "policies first"])
-@pytest.mark.parametrize("kind", SCHEDULERS)
+@pytest.mark.parametrize(
+    ("kind", "tensor_rate"),
+    [*((kind, False) for kind in SCHEDULERS), ("ExponentialLR", True), ("LambdaLR", True), ("ReduceLROnPlateau", True)],
+)
 @pytest.mark.filterwarnings("ignore:The epoch parameter:UserWarning")  # SequentialLR's, about itself
 def test_over_300_updates_the_rate_reads_what_the_schedule_set(kind, policies_first, tensor_rate):
     """A twin without policies has the same rates outside of the step; inside, K is on the rate of that update."""
     model, twin_model = stand_in(few_names()), stand_in(few_names())
     rate = (lambda: torch.tensor(0.5, dtype=torch.float64)) if tensor_rate else (lambda: 0.5)
-    groups = [{**group, "lr": rate()} for group in param_groups(model)]  # a tensor each: schedulers write into it
-    optimizer = torch.optim.SGD(groups, momentum=0.0, lr=rate(), foreach=False)
-    twin = torch.optim.SGD([{**g, "lr": rate()} for g in param_groups(twin_model)], lr=rate(), foreach=False)
-    if kind == "OneCycleLR":
-        make = lambda o: schedulers.OneCycleLR(o, 0.1, total_steps=301, cycle_momentum=False)  # noqa: E731
-    else:
-        make = SCHEDULERS[kind]
-    if policies_first:
-        policies = SlowFast(optimizer, window=5)
-        scheduler = make(optimizer)
-    else:
-        scheduler = make(optimizer)
-        policies = SlowFast(optimizer, window=5)
-    twin_scheduler = make(twin)
-    names = [group["name"] for group in optimizer.param_groups]
+    optimizer, twin = (  # of tensors, one for each group: schedulers write into it
+        torch.optim.SGD([{**group, "lr": rate()} for group in param_groups(m)], lr=rate(), foreach=not tensor_rate)
+        for m in (model, twin_model)
+    )
+    policies = SlowFast(optimizer, window=5) if policies_first else None
+    scheduler, twin_scheduler = SCHEDULERS[kind](optimizer), SCHEDULERS[kind](twin)
+    policies = policies or SlowFast(optimizer, window=5)
     for t, loss in enumerate(A_FALL_AND_A_RISE, 1):
         policies.observe(loss)
-        for p in (*model.parameters(), *twin_model.parameters()):
-            p.data.zero_()
-        set_gradients(model)
-        set_gradients(twin_model)
-        optimizer.step()
-        twin.step()
+        K = measured_K(model, optimizer, 1.0)
+        unscaled = measured_K(twin_model, twin, 1.0)
         first, _, big_R = oracle_curve(A_FALL_AND_A_RISE[:t], 5)
-        for (name, p), q in zip(model.named_parameters(), twin_model.parameters(), strict=True):
-            expected = oracle_K(name, "slowfast", first, big_R) * q.item()
-            assert p.item() == pytest.approx(expected, rel=1e-9, abs=1e-15), (t, name)
-        rates = [float(group["lr"]) for group in twin.param_groups]
-        assert [float(group["lr"]) for group in optimizer.param_groups] == rates, (t, names)
-        for s in (scheduler, twin_scheduler):
-            if s is not None:
+        assert_K(K, lambda name: oracle_K(name, "slowfast", first, big_R) * unscaled[name])
+        assert rates_of(optimizer) == rates_of(twin), t
+        if scheduler is not None:
+            for s in (scheduler, twin_scheduler):
                 s.step(*[loss] * (kind == "ReduceLROnPlateau"))
-        rates = [float(group["lr"]) for group in twin.param_groups]
-        assert [float(group["lr"]) for group in optimizer.param_groups] == rates, (t, names)
+        assert rates_of(optimizer) == rates_of(twin), t
 
 
-class Twice(torch.optim.SGD):
-    """Like some line searches, calls its closure more than once before it moves."""
+class Twice(torch.optim.Optimizer):
+    """Like a line search, calls its closure more than once before it moves; the last gradient counts."""
 
+    def __init__(self, params, lr):
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
     def step(self, closure=None):
-        closure()
-        return super().step(closure)
+        for _ in range(2):
+            with torch.enable_grad():
+                loss = closure() if closure else None
+        for group in self.param_groups:
+            for p in group["params"]:
+                p -= group["lr"] * p.grad
+        return loss
 
 
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW, Adam, Twice])
@@ -784,9 +818,36 @@ def test_a_closure_reads_the_schedules_rate_and_may_observe(kind, by_keyword):
     assert result == 3.0
     assert seen and all(rates == {0.25} for rates in seen)
     for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
-        torch.testing.assert_close(p - before[name], A_K_EACH[cell_by_hand(name)] * (q - before[name]), rtol=1e-6, atol=1e-12)
+        torch.testing.assert_close(p - before[name], one_each(name) * (q - before[name]), rtol=1e-6, atol=1e-12)
     scheduler.step()
     assert {group["lr"] for group in optimizer.param_groups} == {0.125}
+
+
+class DecaysAfterwards(torch.optim.SGD):
+    """Builds on another optimiser's step: torch runs the hooks for either of the two."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = super().step(closure)
+        for group in self.param_groups:
+            for p in group["params"]:
+                p -= group["lr"] * 0.5
+        return loss
+
+
+@pytest.mark.parametrize("with_closure", [False, True], ids=["", "closure"])
+def test_an_optimiser_that_builds_on_another_ones_step(with_closure):
+    """K scales all that it does, once, and there is nothing to warn of."""
+    torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])  # from the first one on, torch runs hooks in SGD's step
+    policies, model = policies_of(optimizer=lambda groups: DecaysAfterwards(groups, lr=1.0), method=ONE_EACH)
+    set_gradients(model)
+    policies.observe(1.0)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        policies.optimizer.step(*[lambda: 1.0] * with_closure)
+    assert {group["lr"] for group in policies.optimizer.param_groups} == {1.0}
+    assert_K({name: -p.item() / 1.5 for name, p in model.named_parameters()}, one_each)
+    assert not caught
 
 
 def test_a_closure_that_raises_leaves_the_schedules_rate():
@@ -800,19 +861,24 @@ def test_a_closure_that_raises_leaves_the_schedules_rate():
         policies.optimizer.step(closure)
     assert {group["lr"] for group in policies.optimizer.param_groups} == {1.0}
     policies.observe(1.0)
-    assert measured_K(model, policies.optimizer, 1.0) == pytest.approx({n: A_K_EACH[cell_by_hand(n)] for n in few_names()})
+    assert_K(measured_K(model, policies.optimizer, 1.0), one_each)
 
 
-class Fails(torch.optim.SGD):
-    """Raises inside its first step, before anything moved."""
+class Fails(torch.optim.Optimizer):
+    """Raises inside its first step, before anything moved; then it is SGD."""
 
     failed = False
+
+    def __init__(self, params, lr):
+        super().__init__(params, {"lr": lr})
 
     def step(self, closure=None):
         if not self.failed:
             self.failed = True
             raise MemoryError("inside the optimiser")
-        return super().step(closure)
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.data -= group["lr"] * p.grad
 
 
 @pytest.mark.parametrize("at", ["next observe", "next step"])
@@ -823,13 +889,13 @@ def test_after_an_optimiser_that_raised_the_rate_is_put_right(at):
         policies.optimizer.step()
     policies.observe(1.0)
     if at == "next step":
-        assert measured_K(model, policies.optimizer, 1.0) == pytest.approx({n: A_K_EACH[cell_by_hand(n)] for n in few_names()})
+        assert_K(measured_K(model, policies.optimizer, 1.0), one_each)
     assert {group["lr"] for group in policies.optimizer.param_groups} == {1.0}
 
 
 def test_nothing_compounds_in_a_loop_that_survives_a_raised_step():
     """The loop goes on to its chained scheduler, as `try: step() except OutOfMemoryError: skip` does."""
-    policies, _ = policies_of(optimizer=lambda groups: Fails(groups, lr=1.0), method=ONE_EACH)
+    policies, model = policies_of(optimizer=lambda groups: Fails(groups, lr=1.0), method=ONE_EACH)
     scheduler = schedulers.ExponentialLR(policies.optimizer, 0.5)
     policies.observe(1.0)
     with pytest.raises(MemoryError):
@@ -838,7 +904,7 @@ def test_nothing_compounds_in_a_loop_that_survives_a_raised_step():
         warnings.simplefilter("ignore")  # torch's, about a scheduler's step before the optimiser's
         scheduler.step()
     policies.observe(1.0)
-    policies.optimizer.step()
+    assert_K(measured_K(model, policies.optimizer, 0.5), one_each)
     assert {group["lr"] for group in policies.optimizer.param_groups} == {0.5}
 
 
@@ -852,8 +918,7 @@ def test_the_optimisers_checkpoint_holds_the_schedules_rate_and_may_be_loaded_mi
     assert {group["lr"] for group in state["param_groups"]} == {0.5}
     policies.optimizer.load_state_dict(state)  # it makes new group dictionaries
     policies.observe(1.0)
-    expected = {name: A_K_EACH[cell_by_hand(name)] for name in few_names()}
-    assert measured_K(model, policies.optimizer, 0.5) == pytest.approx(expected)
+    assert_K(measured_K(model, policies.optimizer, 0.5), one_each)
     assert {group["lr"] for group in policies.optimizer.param_groups} == {0.5}
 
 
@@ -873,8 +938,7 @@ def test_grad_scaler_and_a_step_that_it_skips(kind):
         for m, o, s in ((model, optimizer, scaler), (twin, plain, plain_scaler)):
             for p, begin in zip(m.parameters(), start, strict=True):
                 p.data.copy_(begin)
-            loss = sum((p * (i % 3 + 1)).sum() for i, p in enumerate(m.parameters())) * 0 + value
-            loss = loss + sum((p - p.detach()).sum() * (i % 3 + 1) for i, p in enumerate(m.parameters()))
+            loss = value + sum((p - p.detach()).sum() for p in m.parameters())  # gradients of 1
             o.zero_grad()
             s.scale(loss).backward()
             if t == 4:
@@ -891,7 +955,7 @@ def test_grad_scaler_and_a_step_that_it_skips(kind):
             if t == 4:
                 assert torch.equal(p, begin), "a skipped step moves nothing"
             K = oracle_K(name, "slowfast", first, big_R, c1=0)
-            torch.testing.assert_close(p - begin, K * (q - begin), rtol=1e-2, atol=3e-7)  # differences of float32
+            torch.testing.assert_close(p - begin, K * (q - begin), rtol=2e-3, atol=3e-7)  # differences of float32
         assert {group["lr"] for group in optimizer.param_groups} == {RATE}
     assert scaler.get_scale() == plain_scaler.get_scale() == 512.0
 
@@ -905,7 +969,7 @@ def test_gradient_accumulation(micro_batches):
 
     def run(parts):
         model = stand_in(names)
-        policies = SlowFast(torch.optim.SGD(param_groups(model), lr=0.002), window=1)
+        policies = SlowFast(torch.optim.SGD(param_groups(model), lr=0.002), window=1, threshold=10)
         told = []
         for x, y in zip(inputs, targets, strict=True):
             mean = 0.0
@@ -928,13 +992,14 @@ def test_gradient_accumulation(micro_batches):
 def test_groups_of_the_users_have_K_1():
     """Unnamed ones and ones of other names, there from the start or added later."""
     model, extra = stand_in(few_names()), [torch.nn.Parameter(torch.zeros(1, dtype=torch.float64)) for _ in range(3)]
-    optimizer = torch.optim.SGD([{"params": extra[0], "lr": 0.25}, *param_groups(model), {"name": "adapter", "params": extra[1]}], lr=1.0)
+    groups = [{"params": extra[0], "lr": 0.25}, *param_groups(model), {"name": "adapter", "params": extra[1]}]
+    optimizer = torch.optim.SGD(groups, lr=1.0)
     policies = SlowFast(optimizer, method=ONE_EACH)
     optimizer.add_param_group({"params": extra[2], "lr": 0.5})
     for p in extra:
         p.grad = torch.ones_like(p)
     policies.observe(1.0)
-    assert measured_K(model, optimizer, 1.0) == pytest.approx({n: A_K_EACH[cell_by_hand(n)] for n in few_names()})
+    assert_K(measured_K(model, optimizer, 1.0), one_each)
     assert [p.item() for p in extra] == [-0.25, -1.0, -0.5]
 
 
@@ -950,7 +1015,7 @@ def test_two_groups_of_one_cell_and_a_cell_added_later():
     optimizer.add_param_group({"name": "S_II", "params": groups["S_II"][half:]})
     optimizer.add_param_group({"name": "V_II", "params": late})
     policies.observe(1.0)
-    assert measured_K(model, optimizer, 1.0) == pytest.approx({n: A_K_EACH[cell_by_hand(n)] for n in few_names()})
+    assert_K(measured_K(model, optimizer, 1.0), one_each)
 
 
 # --- the weight sets ------------------------------------------------------------------------------------------
@@ -963,7 +1028,8 @@ def listing(depth, frozen=()):
     slow, key = REACH[depth]
     cells = {
         "S_II": {name for n in range(key) for name in layer(n, FEED_FORWARD)},
-        "S_I-S_II": {name for n in range(key) for name in layer(n, ATTENTION)} | {name for n in range(key, slow) for name in layer(n)},
+        "S_I-S_II": {name for n in range(key) for name in layer(n, ATTENTION)}
+        | {name for n in range(key, slow) for name in layer(n)},
         "V_II": {name for n in range(slow, depth) for name in layer(n, ATTENTION)},
         "V_I-V_II": {name for n in range(slow, depth) for name in layer(n, FEED_FORWARD)},
         "rest": set(EMBEDDINGS) | set(HEAD),
@@ -971,30 +1037,28 @@ def listing(depth, frozen=()):
     return {cell: names - set(frozen) for cell, names in cells.items() if names - set(frozen)}
 
 
-def grouped_names(model):
+def grouped_names(model, prefix="roberta."):
     """{group: set of names without the encoder's prefix}; each parameter at most once."""
-    names = {id(p): name for name, p in model.named_parameters()}
+    names = {id(p): name.removeprefix(prefix) for name, p in model.named_parameters()}
     groups = {group["name"]: [names[id(p)] for p in group["params"]] for group in param_groups(model)}
-    assert len({name for group in groups.values() for name in group}) == sum(map(len, groups.values()))
-    cut = {cell: {name.rpartition("roberta.")[2] for name in group} for cell, group in groups.items()}
-    return {cell: {name[name.find("classifier.") :] if "classifier." in name else name for name in group} for cell, group in cut.items()}
+    assert len(set().union(*groups.values())) == sum(map(len, groups.values()))
+    return {cell: set(group) for cell, group in groups.items()}
 
 
 @pytest.mark.parametrize("depth", REACH)
 def test_the_cells_of_our_model(depth):
-    small = {"vocab_size": 20, "hidden_size": 4, "num_attention_heads": 2, "intermediate_size": 8, "max_position_embeddings": 10}
-    model = SequenceClassifier(Config(**small, num_hidden_layers=depth))
+    config = Config(vocab_size=20, hidden_size=4, num_hidden_layers=depth, num_attention_heads=2, intermediate_size=8,
+                    max_position_embeddings=10)  # fmt: skip
+    model = SequenceClassifier(config)
     assert grouped_names(model) == listing(depth)
 
 
-@pytest.mark.parametrize("prefix", ["", "roberta.", "bert.", "module.", "module.roberta.", "_orig_mod.roberta.", "my.own.wrapper."])
+@pytest.mark.parametrize("prefix", ["", "roberta.", "bert.", "module.", "module.roberta.", "_orig_mod.bert.", "my.own."])
 @pytest.mark.parametrize("depth", [12, 24])
 def test_the_cells_under_any_prefix(prefix, depth):
-    names = [prefix + name for name in EMBEDDINGS + [name for n in range(depth) for name in layer(n)]] + HEAD
-    model = stand_in(names)
-    by_id = {id(p): name for name, p in model.named_parameters()}
-    cells = {g["name"]: {by_id[id(p)].removeprefix(prefix) for p in g["params"]} for g in param_groups(model)}
-    assert cells == listing(depth)
+    encoder = EMBEDDINGS + [name for n in range(depth) for name in layer(n)]
+    model = stand_in([prefix + name for name in encoder] + HEAD)
+    assert grouped_names(model, prefix) == listing(depth)
 
 
 def test_the_order_in_which_parameters_are_declared_does_not_matter():
@@ -1036,7 +1100,7 @@ def test_nothing_to_train_raises():
         ([], ["none"]),
         (layer(0) + layer(2), ["[0, 2]", "hole"]),
         (layer(1) + layer(2), ["[1, 2]"]),
-        ([f"{tower}.{name}" for tower in ("left", "right") for name in layer(0) + layer(1)], ["left.encoder.layer", "right.encoder.layer"]),
+        ([f"{at}.{name}" for at in ("left", "right") for name in layer(0)], ["left.encoder.layer", "right.encoder.layer"]),
         (layer(0) + ["encoder.layer.1.adapter.down.weight"], ["encoder.layer.1.adapter.down.weight"]),
         (layer(0) + ["encoder.layer.0.crossattention.self.query.weight"], ["crossattention"]),
         (layer(0) + ["encoder.layer.0.layernorm_before.weight"], ["layernorm_before"]),
@@ -1074,8 +1138,12 @@ def give_gradients(parameters, t, missing=0.0):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("missing", [0.0, 0.3], ids=["", "gradients that are missing at times"])
-@pytest.mark.parametrize("betas_and_eps", [((0.9, 0.999), 1e-8), ((0.8, 0.95), 1e-3), ((0.0, 0.5), 1e-6), ((0.9, 0.999), 0.0)], ids=str)
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.float64, 1e-12)], ids=["float32", "float64"])
+@pytest.mark.parametrize(
+    "betas_and_eps", [((0.9, 0.999), 1e-8), ((0.8, 0.95), 1e-3), ((0.0, 0.5), 1e-6), ((0.9, 0.999), 0.0)], ids=str
+)
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 5e-6), (torch.float64, 1e-12)], ids=["float32", "float64"]
+)
 def test_adam_agrees_with_torchs_over_350_updates(dtype, tolerance, betas_and_eps, missing, device):
     """At a rate that changes from update to update."""
     betas, eps = betas_and_eps
@@ -1103,7 +1171,8 @@ def test_adam_takes_groups_of_their_own_rates_and_tensors_of_any_layout():
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(6, 4, generator=generator, dtype=torch.float64)
     pairs = [[torch.nn.Parameter(start.clone().t()), torch.nn.Parameter(start.clone()[::2])] for _ in range(2)]
-    groups = [[{"params": p[0], "lr": torch.tensor(0.1, dtype=torch.float64)}, {"params": p[1], "betas": (0.5, 0.9), "eps": 1e-4}] for p in pairs]
+    rate = torch.tensor(0.1, dtype=torch.float64)
+    groups = [[{"params": p[0], "lr": rate}, {"params": p[1], "betas": (0.5, 0.9), "eps": 1e-4}] for p in pairs]
     ours, theirs = Adam(groups[0], lr=0.01), torch.optim.Adam(groups[1], lr=0.01, foreach=False)
     for t in range(20):
         give_gradients(pairs, t)
@@ -1190,7 +1259,7 @@ def test_adam_refuses_sparse_gradients(dense_first):
         adam.zero_grad()
     before = table.weight.detach().clone()
     table(torch.tensor([1])).sum().backward()
-    with pytest.raises(RuntimeError, match="sparse"):
+    with pytest.raises(RuntimeError, match="[Ss]parse"):
         adam.step()
     assert torch.equal(table.weight, before)
 
@@ -1212,18 +1281,19 @@ def test_warmup_then_decay(total, warmup):
 # --- what a method does before the first update ---------------------------------------------------------------
 
 
-def changed_by(method, names=None, seed=0):
+def changed_by(method):
     """(names of the parameters whose value changed, names of those that train)."""
-    model = random_stand_in(names or xlmr_names())
+    model = random_stand_in(xlmr_names())
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     prepare(model, METHODS[method])
     changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     return changed, {name for name, p in model.named_parameters() if p.requires_grad}
 
 
 def of_layers(layers, blocks=(ATT, FFN)):
-    return {name for name in xlmr_names() if block_of(name) and block_of(name)[0] in layers and block_of(name)[1] in blocks}
+    names = [name for name in xlmr_names() if block_of(name) is not None]
+    return {name for name in names if block_of(name)[0] in layers and block_of(name)[1] in blocks}
 
 
 @pytest.mark.parametrize("method", ["df", *WITH_K])
@@ -1265,7 +1335,7 @@ def test_reinit_draws_berts_initialisation():
         torch.manual_seed(seed)
         prepare(model, METHODS["reinit-layer-0"])
     matrices = []
-    for (name, p), same, other in zip(models[0].named_parameters(), models[1].parameters(), models[2].parameters(), strict=True):
+    for (name, p), same, other in zip(models[0].named_parameters(), *(m.parameters() for m in models[1:]), strict=True):
         if "layer" not in name.split("."):
             continue
         assert torch.equal(p, same)
@@ -1295,7 +1365,7 @@ def test_noisytune():
     for model, seed in zip(models, (1, 1, 2), strict=True):
         torch.manual_seed(seed)
         prepare(model, METHODS["noisytune"])
-    for (name, p), same, other in zip(models[0].named_parameters(), models[1].parameters(), models[2].parameters(), strict=True):
+    for (name, p), same, other in zip(models[0].named_parameters(), *(m.parameters() for m in models[1:]), strict=True):
         assert torch.equal(p, same) and p.requires_grad
         noise = (p.detach() - before[name]).flatten()
         if name in HEAD or noise.numel() == 1:
@@ -1313,7 +1383,9 @@ def test_noisytune():
         assert abs(np.corrcoef(relative[:-1], relative[1:])[0, 1]) < 6 / math.sqrt(n), name
 
 
-@pytest.mark.parametrize(("method", "depth"), [("freeze-layer-6", 6), ("reinit-layer-12", 12), ("freeze-layer-23", 12), ("reinit-layer-1", 1)])
+@pytest.mark.parametrize(
+    ("method", "depth"), [("freeze-layer-6", 6), ("reinit-layer-12", 12), ("freeze-layer-23", 12), ("reinit-layer-1", 1)]
+)
 def test_a_layer_that_is_not_there_raises(method, depth):
     with pytest.raises(ValueError, match=rf"layer {method.rpartition('-')[2]}\b"):
         prepare(stand_in(xlmr_names(depth)), METHODS[method])
