@@ -1,6 +1,8 @@
 # make demo     two methods on a small sample with a small real model: about 5 minutes on 2 CPU cores
 # make test     all tests: about 5 minutes on 2 CPU cores
 # make xnli     the paper's XNLI runs (a GPU; the model and the data are downloaded)
+# make small    XNLI with the small model, 1,500 updates: what can be measured on a CPU (about 30 minutes a run on 2 cores)
+# make results  the tables of results/ from the runs kept there
 # make clean    remove what can be made again: .venv, cache, runs/demo (models, data and other runs stay)
 
 PYTHON  ?= python3
@@ -15,7 +17,7 @@ ARGS    ?=
 RUN := .venv/bin/python
 E5  := models/multilingual-e5-small
 
-.PHONY: demo test xnli clean
+.PHONY: demo test xnli small results clean
 .SECONDARY:
 
 # --- what the others need ---
@@ -67,6 +69,21 @@ $(foreach method,$(METHODS),$(eval $(call xnli_runs,$(method))))
 
 $(DATA)/XNLI-MT-1.0/multinli/multinli.train.en.tsv: | .venv/run
 	$(RUN) data.py fetch xnli --data $(DATA)
+
+# --- make small, make results ---
+
+SMALL := --model $(E5) --data $(DATA) --lr 5e-5 --max-updates 1500 --no-test --save-every 500
+
+small: $(E5)/model.safetensors $(DATA)/XNLI-MT-1.0/multinli/multinli.train.en.tsv
+	$(RUN) slowfast.py xnli --method df $(SMALL) --out runs/small/df
+	$(RUN) slowfast.py xnli --method slowfast $(SMALL) --out runs/small/slowfast
+	$(RUN) slowfast.py xnli --method slowfast --phase fraction $(SMALL) --out runs/small/slowfast-fraction
+	$(RUN) eval.py table runs/small --split dev
+	$(RUN) eval.py curves runs/small
+
+results: .venv/run
+	$(RUN) eval.py table results/small --split dev --markdown > results/small/table.md
+	$(RUN) eval.py curves results/small --markdown > results/small/curves.md
 
 clean:
 	rm -rf .venv cache runs/demo __pycache__ tests/__pycache__ .pytest_cache .hypothesis

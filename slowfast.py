@@ -14,14 +14,15 @@ names (`encoder.layer.N.attention...`): XLM-R, RoBERTa, BERT. With gradient accu
 micro-batches; with a GradScaler the loss before `scaler.scale`. In Hugging Face's Trainer:
 
     class SlowFastTrainer(Trainer):                       # Trainer(..., optimizers=(optimizer, None))
-        update_loss = 0.0
-        def training_step(self, *args, **kwargs):
-            loss = super().training_step(*args, **kwargs)  # one micro-batch's share of the update's loss
-            self.update_loss += loss
-            if self.accelerator.sync_gradients:            # the last micro-batch of this update
-                policies.observe(self.update_loss)
-                self.update_loss = 0.0
-            return loss
+        def compute_loss(self, model, *args, **kwargs):
+            result = super().compute_loss(model, *args, **kwargs)
+            if model.training:                             # it is called in evaluations too
+                loss = result[0] if isinstance(result, tuple) else result
+                self.losses = getattr(self, "losses", []) + [loss.detach().mean()]
+                if self.accelerator.sync_gradients:        # the last micro-batch of this update
+                    policies.observe(sum(self.losses) / len(self.losses))
+                    self.losses = []
+            return result
 
 and save `policies.state_dict()` beside the checkpoints: it carries the loss windows.
 
@@ -32,15 +33,16 @@ schedule. Then the training loop and the command line, `python slowfast.py xnli 
 import argparse
 import contextlib
 import copy
+import functools
 import hashlib
 import json
 import math
 import platform
 import re
-import resource
 import signal
 import sys
 import time
+import types
 import warnings
 from collections import deque
 from dataclasses import dataclass, field
@@ -108,9 +110,10 @@ def places(model):
         found[name] = Place("layer", layer, block)
         stacks.setdefault(name[: match.start(1)], set()).add(layer)
     if not stacks:
+        saw = sorted(found, key=lambda name: re.search(r"\.\d+\.", name) is None)[:4]  # names of layers, if any, first
         raise ValueError(
             "no parameter is called encoder.layer.N.attention... as in Hugging Face's BERT, RoBERTa and XLM-R; "
-            f"this model's are called {', '.join(list(found)[:4]) or 'nothing: it has none'}, ..."
+            f"this model's are called {', '.join(saw) or 'nothing: it has none'}, ..."
         )
     if len(stacks) > 1:
         raise ValueError(f"more than one stack of layers: {', '.join(sorted(stacks))}; pass the encoder alone")
@@ -256,7 +259,8 @@ METHODS = {
 def prepare(model, method):
     """Makes the changes that a Method asks for before the first update, in place, from torch's global generator.
 
-    Call it before `param_groups`. Raises ValueError for a layer that the model does not have.
+    Call it before `param_groups`. Whatever is neither embeddings nor in a layer counts as the head, a pooler too.
+    Raises ValueError for a layer that the model does not have.
     """
     place, depth = places(model)
 
@@ -315,12 +319,14 @@ class SlowFast:
             if method not in METHODS:
                 raise ValueError(f"unknown method {method!r}; there are {', '.join(METHODS)}")
             method = METHODS[method]
-        if c1 < 0 or c2 < 0 or not r > 0 or window < 1:
+        if not (0 <= c1 < math.inf and 0 <= c2 < math.inf and 0 < r < math.inf) or window < 1:
             raise ValueError(f"c1 {c1} and c2 {c2} must not be negative, r {r} positive, window {window} at least 1")
         if phase not in ("loss", "fraction") or policy4 not in ("on", "off", "auto"):
             raise ValueError(f"phase {phase!r} is not 'loss' or 'fraction', or policy4 {policy4!r} not 'on', 'off' or 'auto'")
-        if phase == "fraction" and not (total_updates and 0 <= fraction <= 1):
+        if phase == "fraction" and not (total_updates is not None and total_updates > 0 and 0 <= fraction <= 1):
             raise ValueError(f"phase='fraction' needs total_updates, and a fraction of 0 to 1, not {fraction}")
+        if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
+            raise ValueError("give torch's optimiser itself, before something (accelerator.prepare) is wrapped around it")
         if not any(group.get("name") in CELLS for group in optimizer.param_groups):
             raise ValueError("the optimiser's groups have no names: build it with param_groups(model)")
         hooks = optimizer._optimizer_step_pre_hooks.values()
@@ -328,14 +334,15 @@ class SlowFast:
             raise ValueError("this optimiser has policies already: K would be applied twice")
         self.optimizer, self.method, self.c1, self.c2, self.r = optimizer, method, c1, c2, r
         self.threshold, self.phase, self.policy4 = threshold, phase, policy4
-        self.first_updates = fraction * total_updates if phase == "fraction" else None
+        # (a little more than the product: 0.29 x 100 is 28.999999999999996 in floating point)
+        self.first_updates = fraction * total_updates + 1e-6 if phase == "fraction" else None
         self.curve = LearningCurve(window)
         self.similarities = deque(maxlen=10)
         self.updates = self.updates_in_first_phase = 0
-        self._stepped_at = -1  # the last update for which the optimiser stepped
+        self._stepped_at = 0  # the last update for which the optimiser stepped
         self._scheduled = []  # (group, the schedule's rate, the rate in force) while the optimiser steps
-        optimizer.register_step_pre_hook(self._before_step)
-        optimizer.register_step_post_hook(self._after_step)
+        self._depth = 0  # an optimiser that builds on another one's step has torch run the hooks for both
+        self._put_around(optimizer)
 
     def observe(self, loss):
         """Takes L_t, the training loss of this update, a number or a one-element tensor; call it before the step.
@@ -399,8 +406,29 @@ class SlowFast:
         row = self.method.P1 if self.in_first_phase else self.method.P2
         return {cell: float(value.get(row.get(cell, 1), row.get(cell, 1))) for cell in CELLS}
 
+    def _put_around(self, optimizer):
+        """Has torch call _before_step and _after_step, inside of all other hooks, and puts the schedule's rates back
+        even if the step raises: torch runs no hook then."""
+        before = optimizer.register_step_pre_hook(self._before_step)
+        after = optimizer.register_step_post_hook(self._after_step)
+        inner = optimizer.step
+
+        @functools.wraps(inner)
+        def step(optimizer, *args, **kwargs):
+            optimizer._optimizer_step_pre_hooks.move_to_end(before.id)
+            optimizer._optimizer_step_post_hooks.move_to_end(after.id, last=False)
+            try:
+                return inner(*args, **kwargs)
+            finally:
+                self._depth = 0
+                self._restore()
+
+        optimizer.step = types.MethodType(step, optimizer)
+
     def _before_step(self, optimizer, args, kwargs):
-        self._restore()  # a step that raised has left its rates behind
+        self._depth += 1
+        if self._depth > 1:
+            return None
         closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimiser
         if closure is None:
             return self._scale()
@@ -414,11 +442,13 @@ class SlowFast:
         return (optimizer,), {**kwargs, "closure": at_the_schedules_rates}
 
     def _after_step(self, optimizer, args, kwargs):
-        self._restore()
+        self._depth -= 1
+        if self._depth == 0:
+            self._restore()
 
     def _scale(self):
         if self.updates == self._stepped_at:
-            warnings.warn("optimizer.step() without a new policies.observe(loss): K stays as it was", stacklevel=4)
+            warnings.warn("optimizer.step() without a new policies.observe(loss): K stays as it was", stacklevel=5)
         self._stepped_at = self.updates
         multipliers = self.multipliers
         for group in self.optimizer.param_groups:
@@ -1050,6 +1080,8 @@ def go_on(run):
 
 def finish(run, s):
     """Tests the best model and writes result.json; from then on the run is finished."""
+    import resource  # here, because Windows has none and the upper half of this file is to run everywhere
+
     import eval
     from model import load, replace
 

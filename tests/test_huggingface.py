@@ -196,9 +196,16 @@ def rates_of(optimizer):
     return {group["name"]: group["lr"] for group in optimizer.param_groups}
 
 def watch(policies):
-    # a hook behind the policies' own sees the rates that are in force
+    # AdamW calls _init_group for each group inside its step: there the rates that are in force are seen
     in_force, observed, observe = [], [], policies.observe
-    policies.optimizer.register_step_pre_hook(lambda o, *_: in_force.append(rates_of(o)))
+    init_group = policies.optimizer._init_group
+
+    def seen(group, *args, **kwargs):
+        if group is policies.optimizer.param_groups[0]:
+            in_force.append(rates_of(policies.optimizer))
+        return init_group(group, *args, **kwargs)
+
+    policies.optimizer._init_group = seen
 
     def observe_and_tell(loss):
         observed.append(float(loss))
@@ -244,7 +251,7 @@ plain("plain, c1 = 0", c1=0)
 TRAINER = """
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-recipe = re.search(r"^( +class SlowFastTrainer\\(Trainer\\).*?return loss\\n)", slowfast.__doc__, re.S | re.M)[1]
+recipe = re.search(r"^( +class SlowFastTrainer\\(Trainer\\).*?return result\\n)", slowfast.__doc__, re.S | re.M)[1]
 
 class Recording(Trainer):
     def compute_loss(self, *args, **kwargs):

@@ -881,6 +881,35 @@ class Fails(torch.optim.Optimizer):
                 p.data -= group["lr"] * p.grad
 
 
+def test_hooks_of_the_users_see_the_schedules_rate():
+    """Hooks that torch calls around the step, registered before and after the policies."""
+    model = stand_in(few_names())
+    optimizer = torch.optim.SGD(param_groups(model), lr=1.0)
+    seen = []
+
+    def look(optimizer, *_):
+        seen.append({group["lr"] for group in optimizer.param_groups})
+
+    def register():
+        optimizer.register_step_pre_hook(look)
+        optimizer.register_step_post_hook(look)
+
+    register()
+    policies = SlowFast(optimizer, method=ONE_EACH)
+    register()
+    policies.observe(1.0)
+    assert_K(measured_K(model, optimizer, 1.0), one_each)
+    assert seen == [{1.0}] * 4
+
+
+def test_a_step_that_raised_leaves_the_schedules_rate():
+    policies, _ = policies_of(optimizer=lambda groups: Fails(groups, lr=1.0), method=ONE_EACH)
+    policies.observe(1.0)
+    with pytest.raises(MemoryError):
+        policies.optimizer.step()
+    assert {group["lr"] for group in policies.optimizer.param_groups} == {1.0}
+
+
 @pytest.mark.parametrize("at", ["next observe", "next step"])
 def test_after_an_optimiser_that_raised_the_rate_is_put_right(at):
     policies, model = policies_of(optimizer=lambda groups: Fails(groups, lr=1.0), method=ONE_EACH)
