@@ -84,6 +84,7 @@ small: $(E5)/model.safetensors $(DATA)/XNLI-MT-1.0/multinli/multinli.train.en.ts
 results: .venv/run
 	$(RUN) eval.py table results/small --split dev --markdown > results/small/table.md
 	$(RUN) eval.py curves results/small --markdown > results/small/curves.md
+	$(RUN) eval.py table results/demo --split test --markdown > results/demo/table.md
 
 clean:
 	rm -rf .venv cache runs/demo __pycache__ tests/__pycache__ .pytest_cache .hypothesis

