@@ -570,7 +570,7 @@ class Run:
 
     def __init__(self, model, task, s, out, device):
         self.model, self.task, self.s, self.out, self.device = model, task, s, out, device
-        self.batches_per_epoch = math.ceil(len(task.train) / s["batch_size"])
+        self.batches_per_epoch = math.ceil(len(task.train.lengths) / s["batch_size"])
         self.total = s["epochs"] * self.batches_per_epoch
         if s["max_updates"]:
             self.total = min(self.total, s["max_updates"])
@@ -581,7 +581,7 @@ class Run:
             phase=s["phase"], fraction=s["fraction"], total_updates=self.total, policy4=s["policy4"],
         )  # fmt: skip
         self.update = 0
-        self.best = None  # {"update", "scores"}: the dev scores of the best model
+        self.best = None  # {"update", "scores", ...}: the report of the dev sets of the best model
         self.gap = self.lr = None
         self.losses = []  # since the last line of the log
         self.log_bytes = 0
@@ -629,7 +629,7 @@ class Run:
 
 
 def batch_of(run, update):
-    """The indices of the training examples of an update (counted from 0): a function of the seed alone, so that a run
+    """The indices of the training windows of an update (counted from 0): a function of the seed alone, so that a run
     that goes on sees what it would have seen."""
     from data import epoch_batches
 
@@ -641,20 +641,20 @@ def batch_of(run, update):
 
 def train_one_update(run):
     """One update: loss, gradient, clipping, K, Adam, schedule. `micro_batch` divides the batch if memory is short."""
-    from data import collate
+    from data import IGNORED, collate
     from eval import autocast
 
     began = time.perf_counter()
     indices = batch_of(run, run.update)
     size = run.s["micro_batch"] or len(indices)
+    parts = [collate(run.task.train, indices[start : start + size]) for start in range(0, len(indices), size)]
+    labelled = max(sum(int((labels != IGNORED).sum()) for _, labels in parts), 1)  # pairs, tokens, or ends of answers
     loss = 0.0
     run.model.train()
-    for start in range(0, len(indices), size):
-        input_ids, labels = collate(run.task.train, indices[start : start + size])
+    for input_ids, labels in parts:
         with autocast(run.device, run.s["precision"]):
             logits = run.model(input_ids.to(run.device, non_blocking=True))
-        part = torch.nn.functional.cross_entropy(logits.float(), labels.to(run.device, non_blocking=True))
-        part = part * (len(labels) / len(indices))
+        part = run.model.loss(logits.float(), labels.to(run.device, non_blocking=True)) / labelled
         part.backward()
         loss = loss + part.detach()
     if run.s["clip"]:
@@ -707,6 +707,15 @@ def reads_c2(method):
     return "c2" in [*method.P1.values(), *method.P2.values()]
 
 
+def measured(run, sets, model=None):
+    """What eval.report says of the run's model, or another, on {language: Examples}."""
+    import eval
+
+    s, measure = run.s, eval.MEASURES[run.s["task"]]
+    scores = eval.evaluate(model or run.model, sets, measure, run.device, s["precision"], s["eval_tokens"])
+    return eval.report(scores, s["source"])
+
+
 def do_what_is_due(run, due, gap_sets, reference, show):
     import eval
     from data import collate
@@ -718,25 +727,20 @@ def do_what_is_due(run, due, gap_sets, reference, show):
         entry["cka"] = eval.similarity(run.model, reference, input_ids.to(run.device))
         run.policies.observe_similarity(sum(entry["cka"][-2:]) / 2)
     if due["gap"]:
-        entry |= eval.summary(eval.evaluate(run.model, gap_sets, run.device, run.s["precision"], run.s["eval_tokens"]))
+        entry |= {k: v for k, v in measured(run, gap_sets).items() if k in ("mean", "source", "non_source", "gap")}
         run.gap = entry["gap"]
     if due["log"] or entry:
         write_log(run, entry)
     if due["evaluation"]:
         show(run, "evaluating")
-        scores = eval.evaluate(run.model, run.task.dev, run.device, run.s["precision"], run.s["eval_tokens"])
-        if run.best is None or selected(scores, run.s) > selected(run.best["scores"], run.s):
-            run.best = {"update": run.update, "scores": scores}
+        report = measured(run, run.task.dev)
+        # what the best model is best in: the mean over all languages' dev sets, or the source's (Appendix B)
+        by = "mean" if run.s["select"] == "all" else "source"
+        if run.best is None or report[by] > run.best[by]:
+            run.best = {"update": run.update, **report}
             save(run.model, run.out / "best", tokenizer=Path(run.s["model"], "sentencepiece.bpe.model"))
     if due["log"]:
         show(run, line=True)
-
-
-def selected(scores, s):
-    """What the best model is best in: the mean over all languages' dev sets, or the source's (Appendix B)."""
-    import eval
-
-    return eval.summary(scores)["mean" if s["select"] == "all" else "source"]
 
 
 def write_log(run, entry):
@@ -808,7 +812,11 @@ class WholeUpdates:
 # The paper's hyper-parameters (Appendix B), a row a task.
 TASKS = {
     "xnli": {"lr": 5e-6, "batch_size": 32, "epochs": 10, "eval_every": 3000, "max_length": 128, "policy4": "on"},
-}
+    "mlqa": {"lr": 3e-5, "batch_size": 12, "epochs": 2, "eval_every": 3000, "max_length": 384, "policy4": "on",
+             "stride": 128, "max_question": 64},
+    "ner": {"lr": 5e-6, "batch_size": 32, "epochs": 20, "eval_every": 3000, "max_length": 128, "policy4": "off"},
+    "qam": {"lr": 5e-6, "batch_size": 32, "epochs": 1, "eval_every": 3000, "max_length": 128, "policy4": "on"},
+}  # fmt: skip
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -827,7 +835,9 @@ def parse(argv=None):
         + "\n  freeze-layer-i, reinit-layer-i: layer i does not train, starts anew (i from 0)",
     )  # fmt: skip
     add = parser.add_argument
-    add("task", choices=TASKS, help="xnli: train on MultiNLI English, test on XNLI's languages")
+    add("task", choices=TASKS,
+        help="xnli: sentence pairs, MultiNLI and XNLI; mlqa: questions, SQuAD and MLQA; ner: named entities, WikiAnn; "
+        "qam: does a passage answer a question, XGLUE")
     add("--method", default="slowfast", metavar="NAME", help="one of those below (default: slowfast, the paper's)")
     add("--seed", type=whole(0), default=1, metavar="N",
         help="of the head, dropout, order and few-shot draw (paper: 4 seeds)")
@@ -841,7 +851,9 @@ def parse(argv=None):
     add("--shots", type=whole(0), default=0, metavar="M",
         help="few-shot: examples of each other language (paper: 0, 5, 10, 20)")
     add("--select", choices=["all", "en"], default="all",
-        help="the best model by the mean of all dev sets, or English (paper: all)")
+        help="the best model by the mean of all dev sets, or by English, the source (paper: all)")
+    add("--source", default="en", metavar="LANG",
+        help="train on this language, where the data have it, and measure the gap from it (paper: en)")
     group = parser.add_argument_group("the policies")
     add = group.add_argument
     add("--c1", type=number(0), default=0.01, metavar="K", help="K of policy I, at most 1 (paper: 0.01)")
@@ -863,14 +875,22 @@ def parse(argv=None):
     add("--lr", type=number(0), metavar="X",
         help="the rate at the end of the warm-up (paper: 5e-6; MLQA 3e-5; small models want 5e-5)")
     add("--batch-size", type=whole(1), metavar="N", help="examples an update (paper: 32; MLQA 12)")
-    add("--epochs", type=whole(1), metavar="N", help="passes over the training set (paper: 10)")
+    add("--epochs", type=whole(1), metavar="N",
+        help="passes over the training set (paper: XNLI 10, MLQA 2, NER 20, QAM 1)")
     add("--max-updates", type=whole(1), metavar="N",
         help="end after this many updates; warm-up and decay fit themselves to it")
     add("--warmup", type=number(0, 1), default=0.1, metavar="F",
         help="the rate rises over this part of the updates (default: 0.1)")
     add("--clip", type=number(0), default=1.0, metavar="X",
         help="the gradient's norm is cut at this, 0 for never (default: 1)")
-    add("--max-length", type=whole(5), metavar="N", help="pieces of an example (paper: 128)")
+    add("--dropout", type=number(0, 0.99), metavar="P",
+        help="of hidden states (default: as the model's config.json says, 0.1)")
+    add("--attention-dropout", type=number(0, 0.99), metavar="P",
+        help="of attention weights (default: as config.json says, 0.1); 0 is faster on a CPU")
+    add("--max-length", type=whole(5), metavar="N", help="pieces the model reads at once (paper: 128; MLQA 384)")
+    add("--stride", type=whole(1), metavar="N",
+        help="mlqa: pieces from window to window of a context that is longer (paper: 128)")
+    add("--max-question", type=whole(1), metavar="N", help="mlqa: pieces of a question (paper: 64)")
     add("--micro-batch", type=whole(1), metavar="N", help="compute this many examples at a time, if memory is short")
     add("--device", help="cpu, cuda, cuda:1 (default: cuda if there is one)")
     add("--precision", choices=["bf16", "fp32"],
@@ -889,11 +909,17 @@ def parse(argv=None):
         help="updates between checkpoints, 0 for only where it stops (default: 1000)")
     add("--eval-tokens", type=whole(1), default=4096, metavar="N",
         help="tokens in a batch of an evaluation (default: 4096)")
-    add("--no-test", action="store_true", help="do not evaluate the test sets at the end")
+    add("--tests", default="test", metavar="LIST",
+        help="test sets at the end, and of a run that is finished (default: test; mlqa has xquad, squad, test-7x7 and "
+        "dev-7x7 too)")
+    add("--no-test", action="store_const", const="", dest="tests", help="none")
     args = parser.parse_args(argv)
     for name, value in TASKS[args.task].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    for name in ("stride", "max_question"):
+        if name not in TASKS[args.task] and getattr(args, name) is not None:
+            parser.error(f"--{name.replace('_', '-')} is an option of mlqa, not of {args.task}")
     if args.method not in METHODS:
         parser.error(f"unknown method {args.method!r}; there are {', '.join(m for m in METHODS if 'layer-' not in m)}, "
                      "freeze-layer-i and reinit-layer-i")  # fmt: skip
@@ -936,7 +962,7 @@ def fast_precision(device):
 
 # Options that do not change what comes out: a run may be gone on with under others. (The model and the data are
 # known by their content, not by where they lie.)
-NOT_A_SETTING = {"out", "cache", "device", "micro_batch", "save_every", "eval_tokens"}
+NOT_A_SETTING = {"out", "cache", "device", "micro_batch", "save_every", "eval_tokens", "tests"}
 NOT_COMPARED = {"model", "data"}
 
 
@@ -944,24 +970,29 @@ def settings_of(args, task, device):
     """What a run is: everything that decides its result, for settings.json."""
     from data import file_sha256
 
-    digest = hashlib.sha256()
-    for part in (task.train, *task.dev.values(), *task.test.values()):
-        for values in (part.ids, part.offsets, part.labels):
-            digest.update(values.tobytes())
     files = [Path(args.model, "config.json"), *sorted(Path(args.model).glob("*.safetensors"))]
     weights = "".join(file_sha256(file) for file in files if file.is_file())
     s = {name: value for name, value in vars(args).items() if name not in NOT_A_SETTING}
     s["languages"] = sorted(task.dev)
     s["precision"] = args.precision or fast_precision(device)
-    s["data_sha256"] = digest.hexdigest()
+    s["data_sha256"] = digest_of([task.train, *task.dev.values()])
     s["model_sha256"] = hashlib.sha256(weights.encode()).hexdigest()
     return s
+
+
+def digest_of(parts):
+    """The SHA-256, in hexadecimal, of all that there is of several Examples."""
+    digest = hashlib.sha256()
+    for part in parts:
+        for values in part.arrays().values():
+            digest.update(values.tobytes())
+    return digest.hexdigest()
 
 
 def default_out(args):
     """runs/TASK/MODEL/METHOD-(what differs from the defaults)-seedN."""
     defaults = vars(parse([args.task, "--model", args.model]))
-    ignored = NOT_A_SETTING | NOT_COMPARED | {"task", "method", "seed", "precision", "no_test"}
+    ignored = NOT_A_SETTING | NOT_COMPARED | {"task", "method", "seed", "precision"}
     given = {name: value for name, value in vars(args).items() if name not in ignored and value != defaults[name]}
     differing = [f"{name}{value}" for name, value in given.items()]
     name = "-".join([args.method, *differing, f"seed{args.seed}"])
@@ -1002,18 +1033,23 @@ def start(args):
     import model as xlmr
 
     tokenizer = data.Tokenizer(args.model)
+    reading = ("max_length", "stride", "max_question", "source", "cache")
+    reading = {name: getattr(args, name) for name in reading if getattr(args, name) is not None}
     languages = args.languages.split(",") if args.languages else None
-    task = data.load_xnli(args.data, tokenizer, args.max_length, languages, args.cache)
+    tests = [name for name in args.tests.split(",") if name]
+    task = data.load(args.task, args.data, tokenizer, languages=languages, tests=tests, **reading)
     device = choose_device(args.device)
     s = settings_of(args, task, device)
     out = Path(args.out) if args.out else default_out(args)
     if is_finished(out, s):
-        print(f"{out}: this run is finished; its result is in result.json")
+        test_finished(out, task, {**vars(args), **s}, device)
         return
-    task.train, task.dev = data.few_shot(task.train, task.dev, s["shots"], s["seed"])
+    task.train, task.dev = data.few_shot(task.train, task.dev, s["shots"], s["seed"], s["source"])
 
     torch.manual_seed(s["seed"])
-    model = xlmr.load(args.model, task.labels)
+    dropout = {"hidden_dropout_prob": args.dropout, "attention_probs_dropout_prob": args.attention_dropout}
+    dropout = {name: p for name, p in dropout.items() if p is not None}
+    model = xlmr.load(args.model, task.labels, xlmr.HEADS[args.task], **dropout)
     check_fit(model.config, tokenizer, task)
     reference = copy.deepcopy(model.roberta).eval().to(device) if s["policy4"] == "auto" else None
     try:
@@ -1038,7 +1074,8 @@ def check_fit(config, tokenizer, task):
     if tokenizer.vocab_size > config.vocab_size:
         raise InputError(f"the tokeniser has {tokenizer.vocab_size} pieces and the model a vocab_size of "
                          f"{config.vocab_size}: they do not belong together")  # fmt: skip
-    longest = max(int(part.lengths.max()) for part in (task.train, *task.dev.values(), *task.test.values()))
+    sets = [task.train, *task.dev.values(), *(part for test in task.tests.values() for part in test.values())]
+    longest = max(int(part.lengths.max()) for part in sets)
     room = config.max_position_embeddings - 2
     if longest > room:
         raise InputError(f"an example has {longest} pieces, the model positions for {room}: give --max-length {room}")
@@ -1084,21 +1121,14 @@ def finish(run, s):
     """Tests the best model and writes result.json; from then on the run is finished."""
     import resource  # here, because Windows has none and the upper half of this file is to run everywhere
 
-    import eval
-    from model import load, replace
-
-    test = None
-    if not s["no_test"]:
-        model = load(run.out / "best").to(run.device)
-        scores = eval.evaluate(model, run.task.test, run.device, s["precision"], run.s["eval_tokens"])
-        test = {"scores": scores, **eval.summary(scores)}
     on_cuda = run.device.type == "cuda"
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
     peak = torch.cuda.max_memory_allocated(run.device) if on_cuda else resident
     result = {
         "method": s["method"], "seed": s["seed"], "shots": s["shots"], "settings": s,
-        "dev": {**run.best, **eval.summary(run.best["scores"])},
-        "test": test,
+        "dev": run.best,
+        "test": None,
+        **tested(run),
         "best_update": run.best["update"],
         "updates": run.total,
         "updates_in_first_phase": run.policies.updates_in_first_phase,
@@ -1108,14 +1138,55 @@ def finish(run, s):
         "device": torch.cuda.get_device_name(run.device) if on_cuda else f"cpu, {torch.get_num_threads()} threads",
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
     }  # fmt: skip
-    replace(run.out / "result.json", lambda file: file.write_text(json.dumps(result, indent=2) + "\n"))
+    write_result(run.out, result)
     (run.out / "checkpoint.pt").unlink(missing_ok=True)
-    for split in ("dev", "test"):
-        if result[split]:
-            r = result[split]
-            gap = "" if r["gap"] is None else f", others {r['non_source']:.1f}, gap {r['gap']:.1f}"
-            print(f"{s['method']} seed {s['seed']}, {split}: mean {r['mean']:.1f}, source {r['source']:.1f}{gap}")
+    print_scores(result)
     print(f"{run.out}: finished; {run.policies.updates_in_first_phase} of {run.total} updates were in P1")
+
+
+def tested(run):
+    """{name of a test set: report} of the best model, as far as the task has test sets."""
+    from model import HEADS, load
+
+    if not run.task.tests:
+        return {}
+    model = load(run.out / "best", architecture=HEADS[run.s["task"]]).to(run.device)
+    return {
+        name: {**measured(run, sets, model), "data_sha256": digest_of(sets.values())}
+        for name, sets in run.task.tests.items()
+    }
+
+
+def test_finished(out, task, s, device):
+    """Adds to the result of a finished run the test sets that it was not measured on yet."""
+    from data import InputError
+
+    try:
+        result = json.loads((out / "result.json").read_text(encoding="utf-8"))
+        result["dev"]["scores"]
+        task.tests = {name: sets for name, sets in task.tests.items() if not result.get(name)}
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        what = f"{type(e).__name__}: {e}"
+        raise InputError(f"{out}/result.json: not a run's result ({what}); remove {out} and run it again") from e
+    if task.tests:
+        found = tested(types.SimpleNamespace(task=task, s=s, out=out, device=device))
+        write_result(out, result | found)
+        print_scores({"method": s["method"], "seed": s["seed"], **found})
+    print(f"{out}: this run is finished; its result is in result.json")
+
+
+def write_result(out, result):
+    from model import replace
+
+    replace(out / "result.json", lambda file: file.write_text(json.dumps(result, indent=2) + "\n"))
+
+
+def print_scores(result):
+    for name, r in result.items():
+        if isinstance(r, dict) and "scores" in r:
+            gap = "" if r["gap"] is None else f", others {r['non_source']:.1f}, gap {r['gap']:.1f}"
+            print(f"{result['method']} seed {result['seed']}, {name}: {r['measure']} mean {r['mean']:.1f}, "
+                  f"source {r['source']:.1f}{gap}")  # fmt: skip
 
 
 class Progress:

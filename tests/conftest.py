@@ -1,9 +1,11 @@
 """What several test files share: a tiny model and a tiny data set in the official layouts, and the command line."""
 
 import io
+import json
 import os
 import subprocess
 import sys
+import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,6 +97,75 @@ def tiny_data(tmp_path_factory):
     train.parent.mkdir(parents=True)
     rows = ["\t".join([*sentences("en", i), ("neutral", "contradictory", "entailment")[i * 7 % 3]]) for i in range(60)]
     train.write_text("\n".join(["premise\thypo\tlabel", *rows]) + "\n")
+    return folder
+
+
+WORDS = {language: f"{ANIMALS[language]} {VERBS[language]}".split() for language in LANGUAGES}
+WORDS["es"] = "perro gato vaca dormir comer beber".split()
+# Sentences of NER: the tags of their tokens. In the fourth an I- follows an entity of another type; the last has none.
+PATTERNS = (
+    "B-PER I-PER O B-LOC", "O B-ORG I-ORG I-ORG O O", "B-LOC", "O B-PER I-LOC O B-ORG B-ORG",
+    "B-PER O O O O B-LOC I-LOC", "O O O",
+)  # fmt: skip
+
+
+def write_squad(file, context_language, question_language, questions, start=0):
+    """A file in SQuAD's format: two questions a context, contexts of 12 to 32 words, the answers of 1 to 3."""
+    paragraphs = []
+    for i in range(start, start + questions, 2):
+        words, asked = WORDS[context_language], WORDS[question_language]
+        context = [words[(i + n * n + n // 3) % 6] for n in range(12 + i * 7 % 21)]
+        qas = []
+        for j in (i, i + 1):
+            begin = j * 5 % (len(context) - 3)
+            start_of_text = len(" ".join([*context[:begin], ""]))
+            gold = [context[begin : begin + 1 + k % 3] for k in (j, j + 1)]  # two annotators, who differ
+            answers = [{"text": " ".join(answer), "answer_start": start_of_text} for answer in gold]
+            question = " ".join(asked[(j + n) % 6] for n in range(1 + j % 4)) + "?"
+            qas.append({"id": f"{question_language}{j}", "question": question, "answers": answers})
+        paragraphs.append({"context": " ".join(context), "qas": qas})
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps({"version": "1.1", "data": [{"title": "animals", "paragraphs": paragraphs}]}))
+
+
+def write_wikiann(file, language, sizes):
+    """An archive of WikiAnn: its members train, dev and test."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(file, "w:gz") as archive:
+        for m, (member, size) in enumerate(sizes.items()):
+            text = ""
+            for i in range(m, m + size):
+                for n, tag in enumerate(PATTERNS[i % len(PATTERNS)].split()):
+                    text += f"{language}:{WORDS[language][(i // 2 + n * (i + 1)) % 6]}\t{tag}\n"
+                text += "\n"
+            entry = tarfile.TarInfo(member)
+            entry.size = len(text.encode())
+            archive.addfile(entry, io.BytesIO(text.encode()))
+
+
+@pytest.fixture(scope="session")
+def tiny_tasks(tmp_path_factory):
+    """A data folder in the official layouts of the other tasks: question answering in German, English and Spanish, all
+    pairs (SQuAD 24 questions, the others 4 each), named entities and question-answer matching in German, English and
+    French (24 to train, 9 dev and 8 test). Not to be written to."""
+    folder = tmp_path_factory.mktemp("tasks")
+    for split, start in (("dev", 3), ("test", 6)):
+        for context in ("de", "en", "es"):
+            for question in ("de", "en", "es"):
+                name = f"{split}-context-{context}-question-{question}.json"
+                write_squad(folder / "MLQA_V1" / split / name, context, question, 4, start)
+    for context in ("de", "en", "es"):
+        write_squad(folder / "xquad" / f"xquad.{context}.json", context, context, 4, 9)
+    write_squad(folder / "squad" / "train-v1.1.json", "en", "en", 24)
+    write_squad(folder / "squad" / "dev-v1.1.json", "en", "en", 4, 12)
+    sizes = {"train": 24, "dev": 9, "test": 8}
+    (folder / "xglue" / "QAM").mkdir(parents=True)
+    for language in LANGUAGES:
+        write_wikiann(folder / "panx_dataset" / f"{language}.tar.gz", language, sizes)
+        for m, (split, size) in enumerate(sizes.items()):
+            rows = [(*sentences(language, i), str(i * 5 % 7 % 2)) for i in range(m, m + size)]
+            text = "".join("\t".join(row) + "\n" for row in rows)
+            (folder / "xglue" / "QAM" / f"{language}.{split}.tsv").write_text(text)
     return folder
 
 

@@ -129,7 +129,11 @@ def test_a_run_leaves_its_settings_log_result_and_best_model(train, tmp_path):
     assert 2 <= result["updates_in_first_phase"] <= 8
     assert result["tokens_per_second"] > 0 and result["seconds"] > 0 and result["peak_memory_bytes"] > 1e7
     assert result["versions"]["torch"] == torch.__version__ and result["versions"]["python"]
-    assert "finished" in done.out and re.search(r"slowfast seed 3, test: mean \d", done.out)
+    assert (result["dev"]["measure"], result["test"]["measure"]) == ("accuracy", "accuracy")
+    assert "finished" in done.out and "tests" not in settings
+    for split in ("dev", "test"):
+        mean = result[split]["mean"]
+        assert re.search(rf"^slowfast seed 3, {split}: accuracy mean {mean:.1f}, source \d", done.out, re.M)
 
 
 def test_the_scores_are_those_of_the_best_model_in_transformers(train, tmp_path, tiny_data, small_model):
@@ -240,6 +244,17 @@ def test_a_finished_run_is_not_run_again(train, tmp_path, monkeypatch):
     monkeypatch.setattr(slowfast, "train_one_update", None)
     again = train()
     assert again.status == 0 and "finished" in again.out and contents(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize("options", [("--no-test",), ("--tests", "")], ids=["no test", "tests of no name"])
+def test_a_run_without_test_sets_is_tested_later(train, tmp_path, options):
+    assert train(*options).status == 0
+    result = read_result(tmp_path / "run")
+    assert result["test"] is None and result["dev"]["scores"]
+    assert train().status == 0  # "test" is the default
+    train(out=tmp_path / "at once")
+    later, at_once = read_result(tmp_path / "run"), read_result(tmp_path / "at once")
+    assert later["test"] == at_once["test"] and later == result | {"test": later["test"]}
 
 
 def test_a_run_without_out_is_named_by_what_it_is(run_main, command, tmp_path, monkeypatch, small_model):
@@ -420,7 +435,7 @@ def test_the_best_model_is_the_selected_one(train, tmp_path, monkeypatch, select
 
     def evaluate(model, *_):
         models.append({name: w.clone() for name, w in model.state_dict().items()})
-        return dict(zip(("de", "en", "fr"), next(scripted)))
+        return {"accuracy": dict(zip(("de", "en", "fr"), next(scripted)))}
 
     monkeypatch.setattr(measure, "evaluate", evaluate)
     train("--select", select, "--eval-every", "2", "--max-updates", "6", "--gap-every", "0")

@@ -5,14 +5,18 @@ import itertools
 import json
 import re
 import statistics
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import data
 import eval as measure
 import model as xlmr
-from data import Examples, InputError
+from data import BOS, EOS, IGNORED, Examples, InputError
+
+ROOT = Path(__file__).resolve().parent.parent
 
 # --- predictions and scores ----------------------------------------------------------------------------------
 
@@ -22,13 +26,14 @@ SIZES = {
 }  # fmt: skip
 
 
-def network(seed=0):
+def network(seed=0, kind=xlmr.SequenceClassifier):
     torch.manual_seed(seed)
-    model = xlmr.SequenceClassifier(xlmr.Config(**SIZES, labels=("a", "b", "c")))
+    model = kind(xlmr.Config(**SIZES, labels=("a", "b", "c")))
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.copy_(0.4 * torch.randn_like(p) + name.endswith("LayerNorm.weight"))
-        model.classifier.out_proj.bias.zero_()
+        if kind is xlmr.SequenceClassifier:
+            model.classifier.out_proj.bias.zero_()  # or one class would be predicted everywhere
     return model
 
 
@@ -41,25 +46,38 @@ def sentences(n=41, seed=0):
 
 @torch.no_grad()
 def one_by_one(model, examples):
-    """The predictions, without a batch, padding, or an order of our choice."""
+    """The logits, without a batch, padding, or an order of our choice: a row for each window, or for each id."""
     ids = torch.from_numpy(examples.ids).long()
     spans = zip(examples.offsets[:-1], examples.offsets[1:])
-    return np.array([int(model.eval()(ids[None, start:end]).argmax()) for start, end in spans])
+    logits = [model.eval()(ids[None, start:end]) for start, end in spans]
+    return torch.cat([x[0] if x.dim() == 3 else x for x in logits]).numpy()
 
 
 @pytest.mark.parametrize("tokens", [1, 8, 100, 10**6])
 def test_predictions_do_not_depend_on_the_batches(tokens):
     model, examples = network(), sentences()
     expected = one_by_one(model, examples)
-    assert np.bincount(expected).max() < 33  # of 41: the comparison says something
+    assert np.bincount(expected.argmax(1)).max() < 33  # of 41: the comparison says something
     found = measure.predict(model.train(), examples, tokens=tokens)
-    assert found.dtype == np.int64 and found.tolist() == expected.tolist()
+    assert found.dtype == np.float32 and found.shape == (41, 3)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    assert found.argmax(1).tolist() == expected.argmax(1).tolist()
+
+
+@pytest.mark.parametrize("tokens", [1, 100, 10**6])
+@pytest.mark.parametrize(("kind", "columns"), [(xlmr.TokenClassifier, 3), (xlmr.QuestionAnswering, 2)])
+def test_predictions_of_each_id_do_not_depend_on_the_batches(kind, columns, tokens):
+    model, examples = network(kind=kind), sentences()
+    found = measure.predict(model.train(), examples, tokens=tokens)
+    assert found.shape == (len(examples.ids), columns) and found.std() > 0.1
+    np.testing.assert_allclose(found, one_by_one(model, examples), atol=1e-4)
 
 
 def test_predictions_follow_the_order_of_the_examples():
     model, examples = network(), sentences()
     order = np.random.default_rng(1).permutation(len(examples))
-    assert np.array_equal(measure.predict(model, examples.take(order), tokens=50), one_by_one(model, examples)[order])
+    found = measure.predict(model, examples.take(order), tokens=50)
+    np.testing.assert_allclose(found, one_by_one(model, examples)[order], atol=1e-4)
 
 
 def test_predictions_leave_no_gradients():
@@ -77,18 +95,39 @@ def test_precision_is_that_of_the_matrix_products(precision, dtype):
     assert set(seen) == {dtype} and {p.dtype for p in model.parameters()} == {torch.float32}
 
 
+def labelled(*labels):
+    return Examples.from_lists([[BOS, 5, EOS]] * len(labels), labels)
+
+
 def test_accuracy_is_in_percent():
-    assert measure.accuracy(np.array([0, 1, 2, 2]), np.array([0, 1, 2, 1])) == 75.0
-    assert measure.accuracy(np.array([0, 1]), np.array([1, 0])) == 0.0
-    assert measure.accuracy(np.array([1]), np.array([1])) == 100.0
+    logits = np.array([[1, 0, -1], [-3, -1, -2], [0, 0.1, 0.2], [0, 1, 2]], np.float32)  # 0, 1, 2, 2
+    assert measure.accuracy(logits, labelled(0, 1, 2, 1)) == {"accuracy": 75.0}
+    assert measure.accuracy(logits, labelled(1, 0, 0, 0)) == {"accuracy": 0.0}
+    assert measure.accuracy(logits[:1], labelled(0)) == {"accuracy": 100.0}
 
 
 def test_evaluate_gives_each_language_its_accuracy():
     model = network()
     sets = {"de": sentences(20, seed=1), "en": sentences(30, seed=2)}
-    expected = {lang: 100 * np.mean(one_by_one(model, part) == part.labels) for lang, part in sets.items()}
-    assert measure.evaluate(model, sets, tokens=64) == pytest.approx(expected)
-    assert 0 < expected["de"] != expected["en"]
+    right = {language: one_by_one(model, part).argmax(1) == part.labels for language, part in sets.items()}
+    found = measure.evaluate(model, sets, measure.accuracy, tokens=64)
+    assert found == {"accuracy": pytest.approx({language: 100 * np.mean(r) for language, r in right.items()})}
+    assert 0 < found["accuracy"]["de"] != found["accuracy"]["en"]
+
+
+def test_evaluate_gives_all_measures_of_a_task():
+    """Gold tags that are the model's own: every score is 100; with every third of them changed to O none is."""
+    model, examples = network(kind=xlmr.TokenClassifier), sentences(30)
+    labels = measure.predict(model, examples, tokens=50).argmax(1)  # O, B-PER and I-PER
+    special = np.isin(examples.ids, (BOS, EOS))
+    labels[special] = IGNORED
+    assert set(labels) == {IGNORED, 0, 1, 2}
+    same = Examples(examples.ids, examples.offsets, labels)
+    other = Examples(examples.ids, examples.offsets, np.where(special | (np.arange(len(labels)) % 3 > 0), labels, 0))
+    found = measure.evaluate(model, {"de": other, "en": same}, measure.MEASURES["ner"], tokens=50)
+    assert list(found) == ["f1", "precision", "recall"]  # the task's own measure first
+    for scores in found.values():
+        assert list(scores) == ["de", "en"] and 0 < scores["de"] < scores["en"] == 100
 
 
 def test_summary():
@@ -102,7 +141,7 @@ def test_summary():
 
 
 def cka_by_definition(x, y):
-    """HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L)), HSIC(K, L) = tr(KHLH) / (n - 1)^2 (Kornblith et al. 2019, Section 3)."""
+    """HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L)), HSIC(K, L) = tr(KHLH) / (n - 1)^2 (Kornblith et al. 2019, Sec. 3)."""
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
     n = len(x)
     K, L, H = x @ x.T, y @ y.T, np.eye(n) - np.ones((n, n)) / n
@@ -196,8 +235,9 @@ def test_similarity_is_the_cka_of_each_layer_on_the_real_tokens(training):
 PRINTED = {
     "df": "ar 72.2 0.3  bg 78.0 0.3  de 77.3 0.2  el 76.0 0.1  en 84.8 0.3  es 79.5 0.2  fr 78.7 0.3  hi 70.7 0.2  "
     "ru 76.1 0.5  sw 65.1 0.4  th 72.7 0.2  tr 73.1 0.1  ur 66.5 0.5  vi 75.1 0.1  zh 74.5 0.4  mean 74.7 0.2",
-    "slowfast": "ar 73.6 0.2  bg 79.0 0.2  de 78.1 0.3  el 76.6 0.2  en 85.6 0.2  es 80.2 0.5  fr 79.5 0.1  hi 71.5 0.2  "
-    "ru 77.1 0.3  sw 65.9 0.3  th 73.3 0.1  tr 74.2 0.3  ur 67.1 0.1  vi 76.2 0.1  zh 75.9 0.2  mean 75.6 0.1",
+    "slowfast": "ar 73.6 0.2  bg 79.0 0.2  de 78.1 0.3  el 76.6 0.2  en 85.6 0.2  es 80.2 0.5  fr 79.5 0.1  "
+    "hi 71.5 0.2  ru 77.1 0.3  sw 65.9 0.3  th 73.3 0.1  tr 74.2 0.3  ur 67.1 0.1  vi 76.2 0.1  "
+    "zh 75.9 0.2  mean 75.6 0.1",
     "noisytune": "el 75.6 0.1  sw 65.1 0.4  zh 74.5 0.4  mean 74.9 0.2",
     "fs": "ar 73.0 0.2  en 85.2 0.2  ru 76.8 0.4  sw 65.4 0.5  ur 66.5 0.3  zh 75.0 0.3  mean 75.2 0.3",
     "ff": "ar 72.6 0.4  en 85.0 0.0  th 73.6 0.1  ur 67.2 0.6  vi 75.4 0.3  zh 74.9 0.1  mean 75.0 0.2",
@@ -208,15 +248,70 @@ PRINTED = {
 def test_the_papers_numbers(method):
     words = PRINTED[method].split()
     printed = dict(zip(words[::3], zip(map(float, words[1::3]), map(float, words[2::3]))))
-    found = measure.paper_xnli(method)
+    found = measure.paper_row("xnli", method)
     assert {column: found[column] for column in printed} == printed and len(found) == 16
     # No column is another's: the row's mean is the printed one, to rounding. (NoisyTune's row repeats most of DF's.)
     if method != "noisytune":
         assert np.mean([found[k][0] for k in found if k != "mean"]) == pytest.approx(found["mean"][0], abs=0.1)
 
 
-def test_a_method_that_the_paper_has_no_row_for():
-    assert measure.paper_xnli("last-1") is None
+def test_the_papers_numbers_for_qam():
+    df = {"de": (70.0, 0.1), "en": (70.2, 0.2), "fr": (69.1, 0.5), "mean": (69.7, 0.2)}
+    assert measure.paper_row("qam", "df") == df
+    assert measure.paper_row("qam", "slowfast")["fr"] == (70.4, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("row", "mean"),
+    [  # Table 2, copied from the paper by hand
+        (("ner", "df"), (61.3, 0.2)),
+        (("ner", "ff", 10), (70.7, 0.1)),
+        (("ner", "slowfast", 20), (72.9, 0.1)),
+        (("mlqa", "noisytune", 5), (64.8, 0.2)),
+        (("mlqa", "fs", 20), (66.8, 0.2)),
+        (("mlqa", "slowfast"), (66.6, 0.2)),
+        (("xnli", "fs", 5), (75.5, 0.2)),
+        (("xnli", "slowfast", 20), (76.5, 0.2)),
+    ],
+)
+def test_the_papers_averages(row, mean):
+    assert measure.paper_row(*row) == {"mean": mean}
+
+
+@pytest.mark.parametrize(
+    "row", [("xnli", "last-1"), ("ner", "last-1"), ("qam", "fs"), ("qam", "df", 5), ("xnli", "df", 1), ("other", "df")]
+)
+def test_what_the_paper_has_no_row_for(row):
+    assert measure.paper_row(*row) == {}
+
+
+def paper_tables():
+    file = ROOT.parent / "shared" / "paper" / "tables.json"
+    if not file.is_file():
+        pytest.skip("the paper's tables lie outside the repository, and not here")
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def test_all_averages_are_those_of_table_2():
+    table = paper_tables()["table2"]
+    rows = [(task, method) for task, methods in table.items() for method in methods]
+    assert [tuple(line.split()[:2]) for line in measure.PAPER_MEANS.strip().splitlines()] == rows and len(rows) == 15
+    for task, method in rows:
+        assert set(table[task][method]) == {"0", "5", "10", "20"}
+        for shots, printed in table[task][method].items():
+            assert measure.paper_row(task, method, int(shots))["mean"] == tuple(printed)
+
+
+@pytest.mark.parametrize(("task", "number"), [("xnli", "table7"), ("qam", "table3")])
+def test_all_numbers_by_language_are_those_of_tables_3_and_7(task, number):
+    tables = paper_tables()
+    rows = tables[number]["qam"] if task == "qam" else tables[number]
+    assert len(rows) == (2 if task == "qam" else 5)
+    for method, printed in rows.items():
+        printed = {"mean" if language == "avg" else language: tuple(pair) for language, pair in printed.items()}
+        if task == "xnli":
+            printed["mean"] = tuple(tables["table2"]["xnli"][method]["0"])
+        assert measure.paper_row(task, method) == printed
 
 
 # --- the tables ----------------------------------------------------------------------------------------------
@@ -281,19 +376,66 @@ def everywhere(method, score=50.0, **options):
 
 def test_the_papers_row_stands_under_ours(runs):
     folder = runs(
-        everywhere("slowfast", seed=1), everywhere("slowfast", seed=2), everywhere("last-1"), everywhere("df", shots=5)
+        everywhere("slowfast", seed=1), everywhere("slowfast", seed=2), everywhere("last-1"), everywhere("df", shots=1)
     )
     table = rows_of(folder)
     paper = table["slowfast: paper"]
     assert (paper["de"], paper["en"], paper["zh"], paper["mean"]) == ("78.1±0.3", "85.6±0.2", "75.9±0.2", "75.6±0.1")
     # The sum of the 14 languages but English in PRINTED is 1048.2; 1048.2 / 14 = 74.87.
     assert (paper["source"], paper["others"], paper["gap"], paper["seeds"]) == ("85.6", "74.9", "10.7", "4")
-    assert set(table) == {"slowfast", "slowfast: paper", "last-1", "df"}  # none for few-shot, none for last-1
+    assert set(table) == {"slowfast", "slowfast: paper", "last-1", "df"}  # none for one shot, none for last-1
     assert set(rows_of(folder, "dev")) == {"slowfast", "last-1", "df"}  # the paper's scores are the test sets'
 
 
 def test_the_papers_row_does_not_stand_beside_other_languages(runs):
     assert set(rows_of(runs(result("slowfast"), result("df", languages=("en", "xx"))))) == {"slowfast", "df"}
+
+
+def test_the_papers_few_shot_rows_are_averages_alone(runs):
+    table = rows_of(runs(everywhere("df", shots=0), everywhere("df", shots=5), everywhere("df", shots=20)))
+    assert {label for label in table if "paper" not in label} == {"df shots=0", "df shots=5", "df shots=20"}
+    assert table["df shots=0: paper"]["ar"] == "72.2±0.3"
+    for shots, mean in ((5, "75.1±0.2"), (20, "75.5±0.3")):
+        paper = table[f"df shots={shots}: paper"]
+        assert {column: paper[column] for column in paper if paper[column]} == {
+            "method": "  paper, XLM-R base", "seeds": "4", "mean": mean,
+        }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("task", "method", "n", "mean"),
+    [("mlqa", "slowfast", 7, "66.6±0.2"), ("ner", "df", 40, "61.3±0.2"), ("qam", "slowfast", 3, "70.5±0.2")],
+)
+def test_the_papers_row_stands_beside_the_papers_languages_alone(runs, task, method, n, mean):
+    def over(languages, **settings):
+        scores = (60.0,) * len(languages)
+        return result(method, task=task, languages=languages, dev=scores, test=scores, **settings)
+
+    languages = {"mlqa": data.MLQA_LANGUAGES, "ner": tuple(data.NER_LANGUAGES), "qam": ("de", "en", "fr")}[task]
+    assert len(languages) == n
+    folder = runs(over(languages, seed=1), {**over(languages, seed=2), "xquad": over(languages)["test"]})
+    table = rows_of(folder)
+    assert table[f"{method}: paper"]["mean"] == mean and table[method]["seeds"] == "2"
+    paper = table[f"{method}: paper"]
+    if task == "qam":  # the paper has its languages
+        assert (paper["en"], paper["source"]) == ("70.5±0.2", "70.5")
+        assert float(paper["gap"]) == pytest.approx(70.5 - (70.7 + 70.4) / 2, abs=0.051)
+    else:  # and of these the average alone
+        assert {column for column in paper if paper[column]} == {"method", "seeds", "mean"}
+    # Not beside dev sets, nor other test sets, nor fewer languages
+    assert set(rows_of(folder, "dev")) == set(rows_of(folder, "xquad")) == {method}
+    few = [{**run, "test": over(languages[:-1])["test"]} for run in measure.read_runs([folder])]
+    assert len(measure.table(few)) == 2
+    others = (*languages[:-1], "xx")  # as many, but not the paper's
+    assert len(measure.table([{**run, "test": over(others)["test"]} for run in few])) == 2
+
+
+def test_the_papers_row_does_not_stand_beside_another_measure(runs):
+    run = everywhere("slowfast", task="xnli")
+    run["test"]["second"] = run["test"]["scores"]
+    folder = runs(run)
+    assert len(measure.table(measure.read_runs([folder]))) == 3
+    assert len(measure.table(measure.read_runs([folder]), measure="second")) == 2
 
 
 def test_different_settings_are_different_rows(runs):
@@ -355,6 +497,126 @@ def test_the_markdown_table_is_one(runs, capsys):
         assert {len(row) for row in cells} == {8} and cells[0][0].strip() == "method"
         assert [row[0].strip() for row in cells if "paper" not in row[0]][1:] == ["df", "fs lr=0.001", "fs lr=5e-06"]
         assert re.fullmatch(r"\|( -+:? \|){8}", rule)
+
+
+QA = {"task": "mlqa"}
+
+
+def answers(method="df", f1=(60.0, 80.0), exact=(40.0, 70.0), **options):
+    """A made-up result with two measures, as question answering has them."""
+    run = result(method, dev=f1, test=f1, **QA, **options)
+    for split in ("dev", "test"):
+        run[split] |= {"measure": "f1", "exact_match": dict(zip(options.get("languages", ("de", "en")), exact))}
+    return run
+
+
+def crossed(method="df", first=50.0, seed=1):
+    """A made-up result of contexts and questions in two languages: 50, 51, 52, 53 %."""
+    pairs = ("de-de", "de-en", "en-de", "en-en")
+    scores = {pair: first + i for i, pair in enumerate(pairs)}
+    exact = {pair: score - 20 for pair, score in scores.items()}
+    run = answers(method, seed=seed)
+    run["test-7x7"] = {"update": 10, "measure": "f1", "scores": scores, "exact_match": exact}
+    return run
+
+
+def sections(capsys, *arguments):
+    """{title: [cells of each line]} of what eval.py prints."""
+    assert measure.main([str(a) for a in arguments]) == 0
+    blocks = [block for block in capsys.readouterr().out.split("\n\n") if block.strip()]
+    assert len(blocks) % 2 == 0
+    lines = [[re.split(r" {2,}", line.strip()) for line in block.strip("\n").split("\n")] for block in blocks[1::2]]
+    found = dict(zip((title.strip() for title in blocks[::2]), lines))
+    assert len(found) == len(blocks) // 2  # no two with the same title
+    return found
+
+
+def test_a_table_by_another_measure(runs, capsys):
+    folder = runs(answers(), answers(seed=2, exact=(42.0, 72.0)), answers("fs", exact=(30.0, 50.0)), result("ff", **QA))
+    own = rows_of(folder)
+    assert (own["df"]["de"], own["df"]["gap"], set(own)) == ("60.0±0.0", "20.0±0.0", {"df", "fs", "ff"})
+    (title, rows), *others = sections(capsys, "table", folder, "--split", "test", "--measure", "exact_match").items()
+    assert not others and "exact_match in %" in title
+    assert rows[0] == "method seeds de en mean source others gap".split()
+    assert rows[1] == "df 2 41.0±1.4 71.0±1.4 56.0±1.4 71.0±1.4 41.0±1.4 30.0±0.0".split()
+    assert rows[2:] == ["fs 1 30.0 50.0 40.0 50.0 30.0 20.0".split()]  # ff has no such scores
+
+
+def test_the_title_names_the_tasks_own_measure(runs, capsys):
+    titles = list(sections(capsys, "table", runs(answers())))
+    assert [title.split(" in %")[0] for title in titles] == ["test sets, f1", "dev sets, f1"]
+
+
+def test_results_that_name_no_measure_are_of_accuracy(runs, capsys):
+    folder = runs(result())
+    assert "measure" not in measure.read_runs([folder])[0]["test"]
+    titles = list(sections(capsys, "table", folder))
+    assert [title.split(" in %")[0] for title in titles] == ["test sets, accuracy", "dev sets, accuracy"]
+
+
+def test_a_table_by_language_has_languages_as_rows(runs, capsys):
+    folder = runs(result(), result("fs", test=(70.0, 90.0)))
+    ((_, rows),) = sections(capsys, "table", folder, "--split", "test", "--by-language").items()
+    assert rows == [
+        ["method", "df", "fs"], ["seeds", "1", "1"], ["de", "62.0", "70.0"], ["en", "82.0", "90.0"],
+        ["mean", "72.0", "80.0"], ["source", "82.0", "90.0"], ["others", "62.0", "70.0"], ["gap", "20.0", "20.0"],
+    ]  # fmt: skip
+
+
+def test_each_split_has_its_table_the_test_sets_first(runs, capsys):
+    more = {name: {"update": 10, "measure": "f1", "scores": {"de": score, "en": score + 1}} for name, score in
+            (("xquad", 30.0), ("another", 10.0))}  # fmt: skip
+    folder = runs({**answers(), **more}, answers("fs"))
+    found = sections(capsys, "table", folder)
+    assert [title.split(",")[0] for title in found] == ["test sets", "another", "dev sets", "xquad"]
+    assert [[row[0] for row in rows[1:]] for rows in found.values()] == [["df", "fs"], ["df"], ["df", "fs"], ["df"]]
+    ((title, rows),) = sections(capsys, "table", folder, "--split", "xquad").items()
+    assert title.startswith("xquad, f1") and rows[1][:4] == ["df", "1", "30.0", "31.0"]
+    assert "another, dev, test, xquad" in refused(capsys, "table", folder, "--split", "train")
+
+
+def test_pairs_of_languages_are_matrices_of_contexts_by_questions(runs):
+    folder = runs(crossed(), crossed(seed=2, first=54.0), crossed("fs"))
+    assert measure.matrices(measure.read_runs([folder]), "test-7x7") == [
+        ("df", [["context \\ question", "de", "en"], ["de", "52.0±2.8", "53.0±2.8"], ["en", "54.0±2.8", "55.0±2.8"]]),
+        ("fs", [["context \\ question", "de", "en"], ["de", "50.0", "51.0"], ["en", "52.0", "53.0"]]),
+    ]
+
+
+def test_a_matrix_of_pairs_that_were_not_all_measured(runs):
+    run = crossed()
+    del run["test-7x7"]["scores"]["de-en"]
+    ((_, rows),) = measure.matrices(measure.read_runs([runs(run, answers("fs"))]), "test-7x7")
+    assert rows[1:] == [["de", "50.0", "-"], ["en", "52.0", "53.0"]]
+
+
+def test_matrices_stand_among_the_tables(runs, capsys):
+    found = sections(capsys, "table", runs(crossed(), crossed("fs", first=10.0), answers("ff")))
+    starts = [title.split(" in %")[0] for title in found]
+    assert starts == ["test sets, f1", "dev sets, f1", "df: test-7x7, f1", "fs: test-7x7, f1"]
+    header, *rows = list(found.values())[3]
+    assert header == ["context \\ question", "de", "en"]
+    assert rows == [["de", "10.0", "11.0"], ["en", "12.0", "13.0"]]
+
+
+def test_matrices_by_another_measure_hold_that_measure(runs, capsys):
+    options = ("--split", "test-7x7", "--measure", "exact_match")
+    ((title, rows),) = sections(capsys, "table", runs(crossed()), *options).items()
+    assert "exact_match in %" in title
+    assert rows[1:] == [["de", "30.0", "31.0"], ["en", "32.0", "33.0"]]
+
+
+def test_two_tasks_have_tables_of_their_own(runs, capsys):
+    folder = runs(result(seed=1), answers(seed=1), answers("fs", seed=2), result(seed=2))
+    found = sections(capsys, "table", folder)
+    assert [title.split(" in %")[0] for title in found] == [
+        "mlqa: test sets, f1", "mlqa: dev sets, f1", "xnli: test sets, accuracy", "xnli: dev sets, accuracy",
+    ]  # fmt: skip
+    seeds = [{row[0]: row[1] for row in rows[1:]} for rows in found.values()]
+    assert seeds == 2 * [{"df": "1", "fs": "1"}] + 2 * [{"df": "2"}]
+    # A measure that one of them has: the other has no table.
+    by_exact_match = sections(capsys, "table", folder, "--measure", "exact_match")
+    assert [title.split(":")[0] for title in by_exact_match] == ["mlqa", "mlqa"]
 
 
 # --- the curves ----------------------------------------------------------------------------------------------
@@ -432,6 +694,18 @@ BROKEN = {
 def test_a_broken_result_is_named(runs, capsys, text):
     folder = runs(result(), text)
     assert str(folder / "xnli" / "run1" / "result.json") in refused(capsys, "table", folder)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [("--split", name) for name in ("train", "settings", "method", "seed")]
+    + [("--measure", name) for name in ("nothing", "mean", "gap", "update", "measure")],
+    ids=" ".join,
+)
+def test_what_is_no_split_or_no_measure_is_refused(runs, capsys, options):
+    run = answers()
+    run["test"] |= measure.summary(run["test"]["scores"])
+    assert "they have dev, test" in refused(capsys, "table", runs(run), *options)
 
 
 def test_read_runs_raises_what_the_command_line_prints(tmp_path):

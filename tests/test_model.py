@@ -11,12 +11,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModel,
+    AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     BertConfig,
     BertModel,
     XLMRobertaConfig,
     XLMRobertaForMaskedLM,
+    XLMRobertaForQuestionAnswering,
     XLMRobertaForSequenceClassification,
+    XLMRobertaForTokenClassification,
     XLMRobertaModel,
 )
 
@@ -158,6 +162,349 @@ def test_initialisation_is_berts():
         else:
             assert p.abs().max() < 0.12 and (p.numel() < 500 or 0.018 < p.std() < 0.022), name
     assert (part.roberta.embeddings.word_embeddings.weight[1] == 0).all()
+
+
+# --- the heads of the other tasks ----------------------------------------------------------------------------
+
+TAGS = ("O", "B-PER", "I-PER", "B-ORG", "I-ORG")
+IGNORED = -100
+LENGTHS = (12, 3, 38, 25)
+OTHERS = {  # our class, transformers', what loads either, the labels
+    "tokens": (xlmr.TokenClassifier, XLMRobertaForTokenClassification, AutoModelForTokenClassification, TAGS),
+    "questions": (xlmr.QuestionAnswering, XLMRobertaForQuestionAnswering, AutoModelForQuestionAnswering,
+                  ("start", "end")),
+}  # fmt: skip
+heads = pytest.mark.parametrize("head", OTHERS)
+
+
+def pair_of(head):
+    """Our model and transformers' with the same weights, random in all of them, without dropout."""
+    ours, kind, _, labels = OTHERS[head]
+    config = XLMRobertaConfig(**TINY, num_labels=len(labels), attn_implementation="eager")
+    expected = kind(config).eval()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, p in expected.named_parameters():
+            p.normal_(0.0, 0.1).add_(float(name.endswith("LayerNorm.weight")))
+    ours = ours(xlmr.Config(**TINY, labels=labels)).eval()
+    ours.load_state_dict(expected.state_dict())  # strict: the names are the same, all of them
+    return ours, expected
+
+
+def logits_of(output):
+    """What transformers' model said, in our layout: (batch, length, labels or start and end)."""
+    return output.logits if "logits" in output else torch.stack([output.start_logits, output.end_logits], 2)
+
+
+def some_labels(head, ids):
+    """Labels for a batch: tags of some tokens, the others IGNORED, or the first and last token of an answer."""
+    random = torch.Generator().manual_seed(1)
+    if head == "tokens":
+        labels = torch.randint(0, len(TAGS), ids.shape, generator=random)
+        unlabelled = (torch.rand(ids.shape, generator=random) < 0.4) | (ids == 1)
+        unlabelled[:, 1] = False  # each sentence has a label, or transformers' loss of it is not a number
+        return labels.masked_fill(unlabelled, IGNORED)
+    lengths = (ids != 1).sum(1)
+    return torch.stack([torch.zeros_like(lengths), lengths - 2], 1)
+
+
+def sum_of_losses(head, expected, ids, labels):
+    """The sum of the cross-entropies of all labels by transformers' own losses, means over windows without padding."""
+    total = 0.0
+    for row, label in zip(ids, labels):
+        length = int((row != 1).sum())
+        if head == "tokens":
+            loss = theirs(expected, row[None, :length], labels=label[None, :length]).loss
+            total = total + loss * (label != IGNORED).sum()
+        else:
+            ends = {"start_positions": label[:1], "end_positions": label[1:]}
+            total = total + 2 * theirs(expected, row[None, :length], **ends).loss
+    return total
+
+
+@heads
+def test_a_heads_logits_are_those_of_transformers(head):
+    ours, expected = pair_of(head)
+    ids = batch(LENGTHS, 100)
+    with torch.no_grad():
+        found, other = ours(ids), logits_of(theirs(expected, ids))
+    real = ids != 1
+    assert found.shape == (*ids.shape, len(ours.config.labels))
+    near(found[real], other[real])
+    assert other[real].std() > 0.1  # the comparison says something
+    assert head == "tokens" or (found[~real] == -torch.inf).all()
+
+
+@heads
+def test_a_heads_loss_and_its_gradients_are_those_of_transformers(head):
+    """On a batch with padding, against transformers' on each window alone."""
+    ours, expected = pair_of(head)
+    ids = batch(LENGTHS, 100)
+    labels = some_labels(head, ids)
+    zero = ("key.bias",)  # 0 by its nature; and so is what moves the logits of all tokens alike, if they compete
+    zero += ("layer.2.output.LayerNorm.bias", "qa_outputs.bias") if head == "questions" else ()
+    loss = ours.loss(ours(ids), labels)
+    other = sum_of_losses(head, expected, ids, labels)
+    near(loss, other)
+    loss.backward()
+    other.backward()
+    gradients = {name: p.grad for name, p in expected.named_parameters()}
+    for name, p in ours.named_parameters():
+        near(p.grad, gradients[name], 1e-4)  # of a sum of up to 50 losses
+        assert gradients[name].abs().max() > 1e-3 or name.endswith(zero), name
+
+
+def test_the_loss_of_a_batch_of_tags_is_a_mean_that_transformers_takes():
+    ours, expected = pair_of("tokens")
+    ids = batch(LENGTHS, 100)
+    labels = some_labels("tokens", ids)
+    near(ours.loss(ours(ids), labels) / (labels != IGNORED).sum(), theirs(expected, ids, labels=labels).loss)
+
+
+@heads
+def test_a_label_that_is_ignored_adds_nothing_to_the_loss(head):
+    ours, _ = pair_of(head)
+    ids = batch(LENGTHS, 100)
+    labels = some_labels(head, ids)
+    logits = ours(ids)
+    without = labels.clone()
+    without[2] = IGNORED
+    others = torch.tensor([0, 1, 3])
+    near(ours.loss(logits, without), ours.loss(logits[others], labels[others]))
+    assert ours.loss(logits, labels) > ours.loss(logits, without) + 0.1
+
+
+@pytest.mark.parametrize("head", [*OTHERS, "pairs"])
+def test_a_batch_whose_labels_are_all_ignored_has_no_loss_and_no_gradient(head):
+    ours = pair_of(head)[0] if head in OTHERS else xlmr.SequenceClassifier(xlmr.Config(**TINY))
+    ids = batch(LENGTHS, 100)
+    labels = torch.full({"tokens": ids.shape, "questions": (4, 2), "pairs": (4,)}[head], IGNORED)
+    loss = ours.loss(ours(ids), labels)
+    loss.backward()
+    assert loss == 0
+    assert all((p.grad == 0).all() for p in ours.parameters())
+
+
+@heads
+def test_padding_changes_no_logits_and_no_loss_of_a_head(head):
+    ours, _ = pair_of(head)
+    ids = batch((5, 12), 100)
+    padded, alone = ours(ids)[:1], ours(ids[:1, :5])
+    near(padded[:, :5], alone)
+    labels = some_labels(head, ids)[:1]
+    near(ours.loss(padded, labels), ours.loss(alone, labels[:, :5]))
+
+
+@heads
+def test_a_head_that_is_saved_loads_in_transformers(tmp_path, head):
+    ours, _ = pair_of(head)
+    _, kind, auto, labels = OTHERS[head]
+    xlmr.save(ours, tmp_path)
+    loaded, info = auto.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    assert type(loaded) is kind and loaded.config.id2label == dict(enumerate(labels))
+    assert loaded.config.label2id == {label: i for i, label in enumerate(labels)}
+    ids = batch(LENGTHS, 100)
+    real = ids != 1
+    near(ours(ids)[real], logits_of(theirs(loaded.eval(), ids))[real])
+
+
+@heads
+def test_a_head_of_transformers_loads_in_ours(tmp_path, head):
+    kind, _, _, labels = OTHERS[head]
+    _, expected = pair_of(head)
+    expected.config.id2label = dict(enumerate(labels))
+    expected.save_pretrained(tmp_path)
+    ours = xlmr.load(tmp_path, architecture=kind).eval()
+    assert type(ours) is kind and ours.config.labels == labels
+    ids = batch(LENGTHS, 100)
+    real = ids != 1
+    near(ours(ids)[real], logits_of(theirs(expected, ids))[real])
+
+
+@heads
+def test_a_head_that_the_file_lacks_is_drawn_from_the_seed(tmp_path, head):
+    kind, _, _, labels = OTHERS[head]
+    reference(XLMRobertaForMaskedLM).save_pretrained(tmp_path)
+
+    def new(seed):
+        torch.manual_seed(seed)
+        model = xlmr.load(tmp_path, labels, kind)
+        return model.classifier if head == "tokens" else model.qa_outputs
+
+    one, same, other = new(1), new(1), new(2)
+    assert one.weight.shape == (len(labels), 32) and (one.bias == 0).all() and 0.01 < one.weight.std() < 0.03
+    assert torch.equal(one.weight, same.weight) and not torch.equal(one.weight, other.weight)
+
+
+# --- dropout -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("p", [0.0, 1 / 65536, 0.1, 0.3, 0.5, 0.9, 0.99])
+def test_dropout_drops_this_part_of_all_that_a_random_number_can_be(monkeypatch, p):
+    """p is exact within 1/65536, and the mean is kept: 16 bits decide, and here they take each value once."""
+
+    def every_value(self, *_):
+        self.view(torch.int16)[:65536] = torch.arange(-32768, 32768)
+        return self
+
+    monkeypatch.setattr(torch.Tensor, "random_", every_value)
+    x = xlmr.dropout(torch.ones(65536), p)
+    kept = int((x != 0).sum())
+    assert abs((65536 - kept) / 65536 - p) <= 0.5 / 65536
+    assert len(x[x != 0].unique()) == 1
+    assert x.double().mean() == pytest.approx(1.0, rel=1e-6)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_what_dropout_drops_looks_random(p):
+    """Each place, and each two places at a distance of up to eight, as often as they should: five deviations."""
+    torch.manual_seed(0)
+    times, places = 4000, 63  # odd: the last random number is used in part
+    ones = torch.ones(7, 9)
+    dropped = torch.stack([xlmr.dropout(ones, p).flatten() == 0 for _ in range(times)]).double()
+
+    def within(counts, n, q):
+        return ((counts - n * q).abs() < 5 * (n * q * (1 - q)) ** 0.5).all()
+
+    assert within(dropped.sum(0), times, p)
+    for distance in range(1, 9):
+        together = (dropped[:, distance:] * dropped[:, : places - distance]).sum(0)
+        assert within(together, times, p * p), distance
+    assert within((dropped[1:] * dropped[:-1]).sum(0), times - 1, p * p)  # and from one call to the next
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_keeps_the_mean_and_has_the_variance_it_should(dtype):
+    torch.manual_seed(0)
+    n, p = 1_000_003, 0.1
+    x = xlmr.dropout(torch.full((n,), 2.0, dtype=dtype), p)
+    assert x.dtype == dtype
+    deviation = 2 * (p / (1 - p)) ** 0.5
+    rounding = 2 * torch.finfo(dtype).eps  # of the scale, 1 / 0.9
+    assert x.double().mean() == pytest.approx(2.0, abs=5 * deviation / n**0.5 + rounding)
+    assert x.double().std() == pytest.approx(deviation, rel=0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1,), (3,), (4,), (5, 1, 7), (2, 3, 33), (0, 5)], ids=str)
+def test_dropout_takes_every_size(dtype, shape):
+    torch.manual_seed(0)
+    x = (torch.randn(shape) + 10).to(dtype)
+    for _ in range(20):
+        y = xlmr.dropout(x, 0.5)
+        assert y.shape == x.shape and y.dtype == dtype
+        assert torch.equal(y, torch.where(y == 0, 0, 2 * x))
+
+
+def test_dropout_of_what_does_not_lie_in_one_piece():
+    torch.manual_seed(0)
+    x = (torch.randn(12, 10, 9) + 10).transpose(0, 2)[:, ::3]
+    assert not x.is_contiguous()
+    y = xlmr.dropout(x, 0.5)
+    assert torch.equal(y, torch.where(y == 0, 0, 2 * x)) and 0.3 < (y == 0).float().mean() < 0.7
+
+
+def test_the_seed_of_torch_decides_what_dropout_drops():
+    def drop(seed):
+        torch.manual_seed(seed)
+        return xlmr.dropout(torch.ones(500), 0.3), xlmr.dropout(torch.ones(500), 0.3)
+
+    (a, next_a), (b, next_b), (c, _) = drop(1), drop(1), drop(2)
+    assert torch.equal(a, b) and torch.equal(next_a, next_b)
+    assert not torch.equal(a, c) and not torch.equal(a, next_a)
+
+
+def test_the_gradient_of_dropout_is_its_mask():
+    torch.manual_seed(0)
+    x = (torch.randn(31, 5) + 10).requires_grad_()
+    y = xlmr.dropout(x, 0.2)
+    gradient = torch.randn(31, 5)
+    y.backward(gradient)
+    near(x.grad, torch.where(y == 0, 0, gradient / 0.8), 1e-4)  # p is rounded
+    assert 0 < (y == 0).sum() < 155
+
+
+def test_dropout_of_zero_is_the_identity():
+    x = torch.randn(31, 5)
+    assert torch.equal(xlmr.dropout(x, 0.0), x)
+    assert torch.equal(xlmr.Dropout(0.0)(x), x)
+
+
+def test_the_dropout_layer_drops_in_training_alone():
+    layer, x = xlmr.Dropout(0.5), torch.randn(31, 5)
+    torch.manual_seed(0)
+    assert (layer(x) == 0).any()
+    assert layer.eval()(x) is x
+
+
+@pytest.mark.parametrize("head", [*OTHERS, "pairs"])
+def test_a_model_that_is_evaluated_drops_nothing(head):
+    ours = pair_of(head)[0] if head in OTHERS else xlmr.SequenceClassifier(xlmr.Config(**TINY))
+    ids = batch((12, 12), 100)
+    assert not torch.equal(ours.train()(ids), ours(ids))
+    assert torch.equal(ours.eval()(ids), ours(ids))
+
+
+def test_attention_with_dropout_is_attention_apart_from_the_dropout(monkeypatch):
+    """On a CPU the attention of training is written out: forward and gradients are the fused one's, padding too."""
+    dropped = []
+    monkeypatch.setattr(xlmr, "dropout", lambda x, p: dropped.append((x, p)) or x)
+    torch.manual_seed(0)
+    attention = xlmr.SelfAttention(xlmr.Config(**TINY, attention_probs_dropout_prob=0.3)).train()
+    mask = (batch((9, 4, 7), 100) != 1)[:, None, None, :]
+    x, gradient = torch.randn(3, 9, 32), torch.randn(3, 9, 32)
+
+    def run(compute):
+        inputs = x.clone().requires_grad_()
+        attention.zero_grad()
+        y = compute(inputs)
+        y.backward(gradient)
+        return [y, inputs.grad, *(p.grad.clone() for p in attention.parameters())]
+
+    def fused(inputs):
+        q, k, v = (
+            part(inputs).unflatten(2, (4, 8)).transpose(1, 2)
+            for part in (attention.query, attention.key, attention.value)
+        )
+        y = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return y.transpose(1, 2).flatten(2)
+
+    ours, expected = run(lambda inputs: attention(inputs, mask)), run(fused)
+    (weights, p), *more = dropped
+    assert p == 0.3 and more == []  # the written-out one it was
+    assert weights.shape == (3, 4, 9, 9) and (weights.masked_select(~mask) == 0).all()
+    near(weights.sum(3), torch.ones(3, 4, 9))
+    for found, other in zip(ours, expected, strict=True):
+        near(found, other)
+    assert expected[1].abs().max() > 0.01
+
+
+def test_attention_drops_its_weights_in_training():
+    torch.manual_seed(0)
+    attention = xlmr.SelfAttention(xlmr.Config(**TINY, attention_probs_dropout_prob=0.5))
+    x, mask = torch.randn(2, 9, 32), torch.ones(2, 1, 1, 9, dtype=torch.bool)
+    mean = torch.stack([attention(x, mask) for _ in range(2000)]).mean(0)
+    assert not torch.equal(attention(x, mask), attention(x, mask))
+    whole = attention.eval()(x, mask)
+    assert (mean - whole).abs().max() < 0.1 * whole.abs().max()  # dropout changes no mean
+
+
+@pytest.mark.parametrize(
+    ("options", "hidden", "attention"),
+    [({"hidden_dropout_prob": 0.3}, 0.3, 0.2), ({"attention_probs_dropout_prob": 0.0}, 0.1, 0.0), ({}, 0.1, 0.2)],
+)
+def test_load_takes_other_dropout_than_the_configs(tmp_path, options, hidden, attention):
+    saved(tmp_path / "theirs")
+    edit_config(tmp_path / "theirs", attention_probs_dropout_prob=0.2)  # hidden_dropout_prob is 0.1
+    ours = xlmr.load(tmp_path / "theirs", **options)
+    probabilities = {module.p for module in ours.modules() if isinstance(module, torch.nn.Dropout)}
+    assert probabilities == {hidden}
+    assert {m.dropout for m in ours.modules() if isinstance(m, xlmr.SelfAttention)} == {attention}
+    xlmr.save(ours, tmp_path / "ours")
+    config = json.loads((tmp_path / "ours" / "config.json").read_text())
+    assert (config["hidden_dropout_prob"], config["attention_probs_dropout_prob"]) == (hidden, attention)
+    assert xlmr.load(tmp_path / "ours").config == ours.config
 
 
 # --- loading -------------------------------------------------------------------------------------------------
