@@ -51,10 +51,10 @@ $(foreach task,$(TASKS),$(eval $(call fetch_data,$(task))))
 
 # --- make demo: P1 and P2 need two full windows, so these are shorter than the paper's 100 updates ---
 
-DEMO := --model $(E5) --data sample --lr 5e-5 --window 20 --gap-every 20 --gap-examples 60 --log-every 20 --save-every 0
-DEMO_xnli := --max-updates 240
-DEMO_ner  := --max-updates 240
-DEMO_mlqa := --max-updates 160 --max-length 192 --stride 64
+DEMO := --model $(E5) --data sample --window 20 --gap-every 20 --gap-examples 60 --log-every 20 --save-every 0
+DEMO_xnli := --lr 5e-5 --max-updates 240
+DEMO_ner  := --lr 5e-5 --max-updates 240
+DEMO_mlqa := --lr 1e-4 --max-updates 160 --max-length 192 --stride 64
 
 demo: demo-df demo-slowfast
 	@echo
@@ -100,7 +100,7 @@ small: $(E5)/model.safetensors $(DATA_xnli)
 
 # --eval-every 0: the dev sets of 40 languages take longer than all of the training
 SMALL_mlqa := --attention-dropout 0 --max-updates 1720 --eval-every 0 --gap-every 430 --gap-examples 50 --tests squad,xquad,dev-7x7
-SMALL_ner  := --epochs 1 --eval-every 0
+SMALL_ner  := --epochs 1 --eval-every 0 --dev-examples 1000
 SMALL_qam  := --source de --languages de
 
 small-tasks: $(foreach task,mlqa ner qam,small-$(task)-df small-$(task)-slowfast)
@@ -116,6 +116,8 @@ results: .venv/run
 	$(RUN) eval.py table results/small --split dev --markdown > results/small/table.md
 	$(RUN) eval.py curves results/small --markdown > results/small/curves.md
 	$(RUN) eval.py table results/demo --split test --markdown > results/demo/table.md
+	$(RUN) eval.py table results/small-ner --by-language --markdown > results/small-ner/table.md
+	$(RUN) eval.py table results/small-qam --markdown > results/small-qam/table.md
 
 clean:
 	rm -rf .venv cache runs/demo __pycache__ tests/__pycache__ .pytest_cache .hypothesis

@@ -899,6 +899,8 @@ def parse(argv=None):
     add = group.add_argument
     add("--eval-every", type=whole(0), metavar="N",
         help="updates between evaluations on the dev sets; there is one at the end (paper: 3000)")
+    add("--dev-examples", type=whole(1), metavar="N",
+        help="dev examples a language that models are selected on (default: all; NER has up to 10,000)")
     add("--gap-every", type=whole(0), default=100, metavar="N",
         help="updates between measurements of the gap, 0 for none (paper: 100)")
     add("--gap-examples", type=whole(1), default=200, metavar="N",
@@ -1045,6 +1047,8 @@ def start(args):
         test_finished(out, task, {**vars(args), **s}, device)
         return
     task.train, task.dev = data.few_shot(task.train, task.dev, s["shots"], s["seed"], s["source"])
+    if s["dev_examples"]:
+        task.dev = fixed_part(task.dev, s["dev_examples"])
 
     torch.manual_seed(s["seed"])
     dropout = {"hidden_dropout_prob": args.dropout, "attention_probs_dropout_prob": args.attention_dropout}
@@ -1063,7 +1067,7 @@ def start(args):
     open_run_directory(out, s)
     go_on(run)
     with Progress(run) as show:
-        fit(run, gap_sets(task.dev, s["gap_examples"]), reference, show)
+        fit(run, fixed_part(task.dev, s["gap_examples"]), reference, show)
     finish(run, s)
 
 
@@ -1092,8 +1096,8 @@ def choose_device(name):
     return device
 
 
-def gap_sets(dev, examples):
-    """The fixed part of the dev sets on which the gap is measured while a run trains: the same in every run."""
+def fixed_part(dev, examples):
+    """So many examples of each dev set, the same in every run: the gap is measured on them while a run trains."""
     import numpy
 
     return {

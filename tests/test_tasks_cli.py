@@ -488,6 +488,18 @@ def test_few_shots_of_all_but_the_source_join_the_training_set(train, tmp_path, 
     assert read_result(tmp_path / "run")["shots"] == 2
 
 
+@each_task
+def test_models_are_selected_on_a_part_of_the_dev_sets(train, tmp_path, sizes, task):
+    done = train(task, "--dev-examples", "3", "--gap-every", "0", "--eval-every", "0", "--max-updates", "1")
+    assert done.status == 0, done.err
+    languages, (_, _, test) = LANGUAGES[task], SIZES[task]
+    assert sizes["sets"] == [dict.fromkeys(languages, 3), dict.fromkeys(languages, test)]
+    settings = json.loads((tmp_path / "run" / "settings.json").read_text())
+    assert settings["dev_examples"] == 3
+    done = train(task, "--dev-examples", "2", "--gap-every", "0", "--eval-every", "0", "--max-updates", "1")
+    assert done.status == 2 and "dev_examples 3 there and 2 here" in done.err
+
+
 @pytest.mark.parametrize("task", ["ner", "qam"])
 def test_another_source_is_trained_on_and_the_gap_is_measured_from_it(train, tmp_path, finished, task):
     done = train(task, "--source", "de")
