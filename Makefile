@@ -54,7 +54,7 @@ $(foreach task,$(TASKS),$(eval $(call fetch_data,$(task))))
 DEMO := --model $(E5) --data sample --window 20 --gap-every 20 --gap-examples 60 --log-every 20 --save-every 0
 DEMO_xnli := --lr 5e-5 --max-updates 240
 DEMO_ner  := --lr 5e-5 --max-updates 240
-DEMO_mlqa := --lr 1e-4 --max-updates 160 --max-length 192 --stride 64
+DEMO_mlqa := --lr 1e-4 --max-updates 120 --max-length 192 --stride 64 --gap-every 40 --gap-examples 15
 
 demo: demo-df demo-slowfast
 	@echo
