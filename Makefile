@@ -54,11 +54,12 @@ $(foreach task,$(TASKS),$(eval $(call fetch_data,$(task))))
 DEMO := --model $(E5) --data sample --window 20 --gap-every 20 --gap-examples 60 --log-every 20 --save-every 0
 DEMO_xnli := --lr 5e-5 --max-updates 240
 DEMO_ner  := --lr 5e-5 --max-updates 240
-DEMO_mlqa := --lr 1e-4 --max-updates 120 --max-length 192 --stride 64 --gap-every 40 --gap-examples 15
+# (question answering: the loss falls all the way through so short a run, so that by the loss rule it would never leave P1)
+DEMO_mlqa := --lr 1e-4 --max-updates 120 --max-length 192 --stride 64 --attention-dropout 0 --phase fraction --gap-every 60 --gap-examples 10
 
 demo: demo-df demo-slowfast
 	@echo
-	@$(RUN) eval.py table runs/demo/$(TASK) --split test
+	@$(RUN) eval.py table runs/demo/$(TASK) --split test --no-paper
 	@echo "Look at the gap: English minus the mean of the others, after training on English alone. The paper's claim is that slowfast"
 	@echo "makes it smaller and the mean higher; on so small a sample either may win. The curves: runs/demo/$(TASK)/*/log.jsonl"
 
@@ -116,7 +117,6 @@ results: .venv/run
 	$(RUN) eval.py table results/small --split dev --markdown > results/small/table.md
 	$(RUN) eval.py curves results/small --markdown > results/small/curves.md
 	$(RUN) eval.py table results/demo --split test --markdown > results/demo/table.md
-	$(RUN) eval.py table results/small-ner --by-language --markdown > results/small-ner/table.md
 	$(RUN) eval.py table results/small-qam --markdown > results/small-qam/table.md
 
 clean:

@@ -387,11 +387,11 @@ def cell(values):
     return f"{statistics.fmean(values):.1f}{spread}"
 
 
-def table(runs, split="test", measure=None):
+def table(runs, split="test", measure=None, paper=True):
     """The rows of a table, the first the header: languages and their summary as columns, a row a method, under it the
     paper's, where it has one for these languages. Runs without scores on `split` are left out.
 
-    measure: another than the task's own, such as "exact_match"."""
+    measure: another than the task's own, such as "exact_match". paper: whether its rows are wanted."""
     runs = [run for run in runs if scores_of(run, split, measure)]
     if not runs:
         return None
@@ -405,11 +405,11 @@ def table(runs, split="test", measure=None):
         by_total = [cell([s[total] for s in summaries if s[total] is not None]) for total in totals]
         rows.append([label, str(len(members)), *by_language, *by_total])
         s = members[0]["settings"]
-        paper = paper_row(s["task"], s["method"], s["shots"])
-        if paper and split == "test" and measure is None and languages == PAPER_LANGUAGES[s["task"]]:
-            printed = ["{}±{}".format(*paper[k]) if k in paper else "" for k in [*languages, "mean"]]
-            if source_of(members[0]) in paper:
-                s = summary({k: mean for k, (mean, _) in paper.items() if k != "mean"}, source_of(members[0]))
+        theirs = paper_row(s["task"], s["method"], s["shots"]) if paper and split == "test" and measure is None else {}
+        if theirs and languages == PAPER_LANGUAGES[s["task"]]:
+            printed = ["{}±{}".format(*theirs[k]) if k in theirs else "" for k in [*languages, "mean"]]
+            if source_of(members[0]) in theirs:
+                s = summary({k: mean for k, (mean, _) in theirs.items() if k != "mean"}, source_of(members[0]))
                 printed += [f"{s[k]:.1f}" for k in totals[1:]]
             rows.append(["  paper, XLM-R base", "4", *printed, *[""] * (len(rows[0]) - 2 - len(printed))])
     return rows
@@ -468,7 +468,7 @@ def transposed(rows):
     return [list(column) for column in zip(*rows)]
 
 
-def titled_tables(runs, splits, measure=None, by_language=False):
+def titled_tables(runs, splits, measure=None, by_language=False, paper=True):
     """Yields (title, rows) of what `table` and `matrices` make of these splits."""
     for split in splits:
         name = {"test": "test sets", "dev": "dev sets"}.get(split, split)
@@ -477,7 +477,7 @@ def titled_tables(runs, splits, measure=None, by_language=False):
         if any("-" in language for run in runs for language in scores_of(run, split) or ()):
             for label, rows in matrices(runs, split, measure):
                 yield f"{label}: {title}", rows
-        elif rows := table(runs, split, measure):
+        elif rows := table(runs, split, measure, paper):
             yield f"{title}; gap = source-others", transposed(rows) if by_language else rows
 
 
@@ -489,6 +489,7 @@ def main(argv=None):
     parser.add_argument("--split", help="which sets: dev, test, xquad ... (default: all that the runs have)")
     parser.add_argument("--measure", help="exact_match, precision or recall (default: the task's own measure)")
     parser.add_argument("--by-language", action="store_true", help="languages as rows, methods as columns")
+    parser.add_argument("--no-paper", action="store_true", help="without the paper's rows, for other data than its own")
     args = parser.parse_args(argv)
     try:
         runs = read_runs(args.runs)
@@ -500,7 +501,7 @@ def main(argv=None):
             there = dict.fromkeys(name for run in part for name in splits_of(run))
             splits = [args.split] if args.split else sorted(there, key=lambda name: (name != "test", name))
             tables = [("curves" if headed else "", curves(part))] if args.command == "curves" else titled_tables(
-                part, splits, args.measure, args.by_language
+                part, splits, args.measure, args.by_language, not args.no_paper
             )  # fmt: skip
             found += [(f"{headed}{title}", rows) for title, rows in tables]
     except InputError as e:

@@ -426,6 +426,7 @@ def test_the_papers_row_stands_beside_the_papers_languages_alone(runs, task, met
     assert set(rows_of(folder, "dev")) == set(rows_of(folder, "xquad")) == {method}
     few = [{**run, "test": over(languages[:-1])["test"]} for run in measure.read_runs([folder])]
     assert len(measure.table(few)) == 2
+    assert len(measure.table(measure.read_runs([folder]), paper=False)) == 2
     others = (*languages[:-1], "xx")  # as many, but not the paper's
     assert len(measure.table([{**run, "test": over(others)["test"]} for run in few])) == 2
 
