@@ -55,8 +55,9 @@ class Config:
 
 
 def dropout(x, p):
-    """Dropout (Srivastava et al. 2014). On a CPU drawing the mask is what takes the time, a third of an update with
-    PyTorch's own: here one random number of 64 bits decides on four elements, with p rounded to 1/65536."""
+    """Dropout (Srivastava et al. 2014). On a CPU drawing the mask is what takes the time, with PyTorch's own a quarter
+    of an update of question answering: here one random number of 64 bits decides on four elements, with p rounded to
+    1/65536."""
     if p == 0 or x.device.type != "cpu":
         return F.dropout(x, p)
     dropped = round(p * 65536)
@@ -343,8 +344,8 @@ def load(folder, labels=None, architecture=SequenceClassifier, **numbers):
     """Loads `config.json` and `model.safetensors` (one file or sharded; F32, F16, BF16) of `folder` in float32.
 
     `labels`: the names of the task's classes; None takes those of config.json, so that a saved run loads back.
-    `numbers`: in place of config.json's, such as hidden_dropout_prob. A
-    head that the file lacks is new, drawn from torch's global generator. Keys that the model has no place for
+    `numbers`: in place of config.json's, such as hidden_dropout_prob.
+    A head that the file lacks is new, drawn from torch's global generator. Keys that the model has no place for
     outside the encoder (`lm_head.*`, a pooler, `position_ids`) are ignored. Raises InputError for a missing file,
     one that is cut short, a missing or misshapen weight, and a config that does not fit the weights.
     """
