@@ -1136,8 +1136,9 @@ def fetch_mlqa(data, base=MLQA_URL, squad=SQUAD_URL, xquad=XQUAD_URL):
     pairs = [(split, x, y) for split in ("dev", "test") for x in MLQA_LANGUAGES for y in MLQA_LANGUAGES]
     files = [f"MLQA_V1/{split}/{split}-context-{x}-question-{y}.json" for split, x, y in pairs]
     _fetch_archive(f"{base}/MLQA_V1.zip", data, files)
-    urls = {f"squad/{name}-v1.1.json": f"{squad}/{name}-v1.1.json" for name in ("train", "dev")}
-    urls |= {f"xquad/xquad.{x}.json": f"{xquad}/xquad.{x}.json" for x in MLQA_LANGUAGES}
+    urls = {f"xquad/xquad.{x}.json": f"{xquad}/xquad.{x}.json" for x in MLQA_LANGUAGES}
+    # (the last is the one that the Makefile looks for)
+    urls |= {f"squad/{name}-v1.1.json": f"{squad}/{name}-v1.1.json" for name in ("dev", "train")}
     for name, url in urls.items():
         if not (data / name).is_file():
             download(url, data / name)
@@ -1153,7 +1154,7 @@ def fetch_ner(data, base=WIKIANN_URL):
 
 def fetch_qam(data, base=QAM_URL):
     """Fetches what load_qam reads into the folder `data`, unless it is there, out of XGLUE's one archive."""
-    sets = [("en", "train"), *((language, split) for language in ("en", "de", "fr") for split in ("dev", "test"))]
+    sets = [*((language, split) for language in ("en", "de", "fr") for split in ("dev", "test")), ("en", "train")]
     files = [f"xglue/QAM/xglue.qam.{language}.{split}" for language, split in sets]
     place = lambda member: member.replace("xglue_full_dataset/", "xglue/", 1)  # noqa: E731
     _fetch_archive(f"{base}/xglue_full_dataset.tar.gz", Path(data), files, place)

@@ -37,6 +37,7 @@ import functools
 import hashlib
 import json
 import math
+import os
 import platform
 import re
 import signal
@@ -694,9 +695,10 @@ def fit(run, gap_sets, reference, show):
 def due_at(run):
     """What is due after the update that has just been done."""
     t, s = run.update, run.s
-    every = {"log": s["log_every"], "gap": s["gap_every"], "evaluation": s["eval_every"], "checkpoint": s["save_every"]}
+    every = {"log": s["log_every"], "gap": s["gap_every"], "similarity": s["cka_every"], "evaluation": s["eval_every"],
+             "checkpoint": s["save_every"]}  # fmt: skip
     due = {what: bool(n) and t > 0 and t % n == 0 for what, n in every.items()}
-    due["similarity"] = s["policy4"] == "auto" and t > 0 and t % 100 == 0 and reads_c2(run.policies.method)
+    due["policy4"] = s["policy4"] == "auto" and t > 0 and t % 100 == 0 and reads_c2(run.policies.method)
     due["evaluation"] |= t == run.total
     due["log"] |= t == run.total
     return due
@@ -708,12 +710,27 @@ def reads_c2(method):
 
 
 def measured(run, sets, model=None):
-    """What eval.report says of the run's model, or another, on {language: Examples}."""
+    """What eval.report says of the run's model, or another, on {language: Examples}, and what it is the sum of."""
     import eval
 
     s, measure = run.s, eval.MEASURES[run.s["task"]]
-    scores = eval.evaluate(model or run.model, sets, measure, run.device, s["precision"], s["eval_tokens"])
-    return eval.report(scores, s["source"])
+    counts = eval.count(model or run.model, sets, measure, run.device, s["precision"], s["eval_tokens"])
+    return eval.report(eval.scored(counts, measure), s["source"]), counts
+
+
+def write_counts(out, split, counts):
+    """Keeps what each example counts, examples/SPLIT.npz: intervals of differences are drawn from it (eval.py)."""
+    import numpy
+
+    from model import replace
+
+    (out / "examples").mkdir(parents=True, exist_ok=True)
+
+    def write(part):
+        with open(part, "wb") as file:
+            numpy.savez_compressed(file, **counts)
+
+    replace(out / "examples" / f"{split}.npz", write)
 
 
 def do_what_is_due(run, due, gap_sets, reference, show):
@@ -722,22 +739,25 @@ def do_what_is_due(run, due, gap_sets, reference, show):
     from model import save
 
     entry = {}
-    if due["similarity"]:
+    if due["similarity"] or due["policy4"]:
         input_ids, _ = collate(run.task.train, batch_of(run, run.update - 1))
         entry["cka"] = eval.similarity(run.model, reference, input_ids.to(run.device))
-        run.policies.observe_similarity(sum(entry["cka"][-2:]) / 2)
+        if due["policy4"]:
+            run.policies.observe_similarity(sum(entry["cka"][-2:]) / 2)
     if due["gap"]:
-        entry |= {k: v for k, v in measured(run, gap_sets).items() if k in ("mean", "source", "non_source", "gap")}
+        report, _ = measured(run, gap_sets)
+        entry |= {k: report[k] for k in ("scores", "mean", "source", "non_source", "gap")}
         run.gap = entry["gap"]
     if due["log"] or entry:
         write_log(run, entry)
     if due["evaluation"]:
         show(run, "evaluating")
-        report = measured(run, run.task.dev)
+        report, counts = measured(run, run.task.dev)
         # what the best model is best in: the mean over all languages' dev sets, or the source's (Appendix B)
         by = "mean" if run.s["select"] == "all" else "source"
         if run.best is None or report[by] > run.best[by]:
             run.best = {"update": run.update, **report}
+            write_counts(run.out, "dev", counts)
             save(run.model, run.out / "best", tokenizer=Path(run.s["model"], "sentencepiece.bpe.model"))
     if due["log"]:
         show(run, line=True)
@@ -809,13 +829,36 @@ class WholeUpdates:
 
 # --- the command line ----------------------------------------------------------------------------------------
 
-# The paper's hyper-parameters (Appendix B), a row a task.
+# Named sets of hyper-parameters. The paper's (Appendix B) are a row a task; another setup is what it changes of them.
 TASKS = {
     "xnli": {"lr": 5e-6, "batch_size": 32, "epochs": 10, "eval_every": 3000, "max_length": 128, "policy4": "on"},
     "mlqa": {"lr": 3e-5, "batch_size": 12, "epochs": 2, "eval_every": 3000, "max_length": 384, "policy4": "on",
              "stride": 128, "max_question": 64},
     "ner": {"lr": 5e-6, "batch_size": 32, "epochs": 20, "eval_every": 3000, "max_length": 128, "policy4": "off"},
     "qam": {"lr": 5e-6, "batch_size": 32, "epochs": 1, "eval_every": 3000, "max_length": 128, "policy4": "on"},
+}  # fmt: skip
+# P1 and P2 need two full windows, so those of the shortest runs are shorter than the paper's 100 updates.
+SHORT = {"lr": 5e-5, "window": 20, "gap_every": 20, "gap_examples": 60, "log_every": 20, "save_every": 0}
+SETUPS = {
+    "paper": {},
+    # What a CPU can do: multilingual-e5-small on the official files. One evaluation, at the end: the dev sets of 40
+    # languages take longer than all of the training.
+    "small": {
+        "xnli": {"lr": 5e-5, "max_updates": 1500, "save_every": 500},
+        "mlqa": {"lr": 5e-5, "max_updates": 1720, "save_every": 500, "attention_dropout": 0.0, "eval_every": 0,
+                 "gap_every": 430, "gap_examples": 50, "tests": "squad,xquad,dev-7x7"},
+        "ner": {"lr": 5e-5, "epochs": 1, "save_every": 500, "eval_every": 0, "dev_examples": 1000},
+        "qam": {"lr": 5e-5, "save_every": 500, "source": "de", "languages": "de"},
+    },
+    # `make demo`: multilingual-e5-small on sample/. In question answering the loss falls all the way through so short a
+    # run: by the loss rule it would never leave P1.
+    "demo": {
+        "xnli": {**SHORT, "max_updates": 240},
+        "ner": {**SHORT, "max_updates": 240},
+        "mlqa": {**SHORT, "lr": 1e-4, "max_updates": 120, "max_length": 192, "stride": 64, "attention_dropout": 0.0,
+                 "phase": "fraction", "gap_every": 60, "gap_examples": 10},
+        "qam": {**SHORT, "epochs": 6, "max_updates": 300},
+    },
 }  # fmt: skip
 
 
@@ -828,12 +871,28 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def parse(argv=None):
+    """The options of a run. Where one is not given it is the setup's, for this task, or else the default."""
     parser = OneLineParser(
         description="Fine-tunes a multilingual encoder on English and measures it in every language.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="methods:\n" + "\n".join(f"  {name:20} {m.about}" for name, m in METHODS.items() if "layer-" not in name)
         + "\n  freeze-layer-i, reinit-layer-i: layer i does not train, starts anew (i from 0)",
     )  # fmt: skip
+    for add_options in (options_of_the_run, options_of_the_policies, options_of_training, options_of_measuring):
+        add_options(parser)
+    given, _ = parser.parse_known_args(argv)
+    parser.set_defaults(**TASKS[given.task] | SETUPS[given.setup].get(given.task, {}))
+    args = parser.parse_args(argv)
+    for name in ("stride", "max_question"):
+        if name not in TASKS[args.task] and getattr(args, name) is not None:
+            parser.error(f"--{name.replace('_', '-')} is an option of mlqa, not of {args.task}")
+    if args.method not in METHODS:
+        parser.error(f"unknown method {args.method!r}; there are {', '.join(m for m in METHODS if 'layer-' not in m)}, "
+                     "freeze-layer-i and reinit-layer-i")  # fmt: skip
+    return args
+
+
+def options_of_the_run(parser):
     add = parser.add_argument
     add("task", choices=TASKS,
         help="xnli: sentence pairs, MultiNLI and XNLI; mlqa: questions, SQuAD and MLQA; ner: named entities, WikiAnn; "
@@ -841,11 +900,14 @@ def parse(argv=None):
     add("--method", default="slowfast", metavar="NAME", help="one of those below (default: slowfast, the paper's)")
     add("--seed", type=whole(0), default=1, metavar="N",
         help="of the head, dropout, order and few-shot draw (paper: 4 seeds)")
+    add("--setup", choices=SETUPS, default="paper",
+        help="hyper-parameters that are not given: paper, Appendix B's; small, for multilingual-e5-small on a CPU; "
+        "demo, for the sample (default: paper)")
     add("--model", required=True, metavar="DIR",
         help="config.json, model.safetensors, sentencepiece.bpe.model of an XLM-R")
     add("--data", default="data", metavar="DIR", help="where the official archives are unpacked (default: data)")
-    add("--out", metavar="DIR",
-        help="the run's directory (default: runs/TASK/METHOD-... of what differs from the defaults)")
+    add("--runs", default="runs", metavar="DIR", help="where runs lie: DIR/SETUP/TASK/MODEL/METHOD-... (default: runs)")
+    add("--out", metavar="DIR", help="the run's own directory (default: below --runs, named by what the run is)")
     add("--cache", default="cache", metavar="DIR", help="tokenised data is kept here (default: cache)")
     add("--languages", metavar="LIST", help="such as en,de,zh (default: all that the data holds)")
     add("--shots", type=whole(0), default=0, metavar="M",
@@ -854,8 +916,10 @@ def parse(argv=None):
         help="the best model by the mean of all dev sets, or by English, the source (paper: all)")
     add("--source", default="en", metavar="LANG",
         help="train on this language, where the data have it, and measure the gap from it (paper: en)")
-    group = parser.add_argument_group("the policies")
-    add = group.add_argument
+
+
+def options_of_the_policies(parser):
+    add = parser.add_argument_group("the policies").add_argument
     add("--c1", type=number(0), default=0.01, metavar="K", help="K of policy I, at most 1 (paper: 0.01)")
     add("--c2", type=number(0), default=10.0, metavar="K", help="K of policy IV, at least 1 (paper: 10)")
     add("--r", type=number(0, above=True), default=3.0, metavar="R",
@@ -870,8 +934,10 @@ def parse(argv=None):
         help="with --phase fraction: this part of the updates (paper: 0.2)")
     add("--policy4", choices=["on", "off", "auto"],
         help="auto: only while the last two layers' CKA still drops (paper: on, off for NER)")
-    group = parser.add_argument_group("training")
-    add = group.add_argument
+
+
+def options_of_training(parser):
+    add = parser.add_argument_group("training").add_argument
     add("--lr", type=number(0), metavar="X",
         help="the rate at the end of the warm-up (paper: 5e-6; MLQA 3e-5; small models want 5e-5)")
     add("--batch-size", type=whole(1), metavar="N", help="examples an update (paper: 32; MLQA 12)")
@@ -895,8 +961,10 @@ def parse(argv=None):
     add("--device", help="cpu, cuda, cuda:1 (default: cuda if there is one)")
     add("--precision", choices=["bf16", "fp32"],
         help="of the matrix products (default: bf16 where the device is fast at it)")
-    group = parser.add_argument_group("measuring")
-    add = group.add_argument
+
+
+def options_of_measuring(parser):
+    add = parser.add_argument_group("measuring").add_argument
     add("--eval-every", type=whole(0), metavar="N",
         help="updates between evaluations on the dev sets; there is one at the end (paper: 3000)")
     add("--dev-examples", type=whole(1), metavar="N",
@@ -905,6 +973,8 @@ def parse(argv=None):
         help="updates between measurements of the gap, 0 for none (paper: 100)")
     add("--gap-examples", type=whole(1), default=200, metavar="N",
         help="dev examples a language that the gap is measured on (default: 200)")
+    add("--cka-every", type=whole(0), default=100, metavar="N",
+        help="updates between measurements of each layer's CKA with the pre-trained model, 0 for none (paper: 100)")
     add("--log-every", type=whole(1), default=100, metavar="N",
         help="updates between lines of log.jsonl (default: 100)")
     add("--save-every", type=whole(0), default=1000, metavar="N",
@@ -915,17 +985,6 @@ def parse(argv=None):
         help="test sets at the end, and of a run that is finished (default: test; mlqa has xquad, squad, test-7x7 and "
         "dev-7x7 too)")
     add("--no-test", action="store_const", const="", dest="tests", help="none")
-    args = parser.parse_args(argv)
-    for name, value in TASKS[args.task].items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    for name in ("stride", "max_question"):
-        if name not in TASKS[args.task] and getattr(args, name) is not None:
-            parser.error(f"--{name.replace('_', '-')} is an option of mlqa, not of {args.task}")
-    if args.method not in METHODS:
-        parser.error(f"unknown method {args.method!r}; there are {', '.join(m for m in METHODS if 'layer-' not in m)}, "
-                     "freeze-layer-i and reinit-layer-i")  # fmt: skip
-    return args
 
 
 def whole(least):
@@ -964,7 +1023,9 @@ def fast_precision(device):
 
 # Options that do not change what comes out: a run may be gone on with under others. (The model and the data are
 # known by their content, not by where they lie.)
-NOT_A_SETTING = {"out", "cache", "device", "micro_batch", "save_every", "eval_tokens", "tests"}
+NOT_A_SETTING = {
+    "setup", "runs", "out", "cache", "device", "micro_batch", "save_every", "cka_every", "eval_tokens", "tests",
+}  # fmt: skip
 NOT_COMPARED = {"model", "data"}
 
 
@@ -991,14 +1052,15 @@ def digest_of(parts):
     return digest.hexdigest()
 
 
-def default_out(args):
-    """runs/TASK/MODEL/METHOD-(what differs from the defaults)-seedN."""
-    defaults = vars(parse([args.task, "--model", args.model]))
+def directory_of(args):
+    """Where a run lies: RUNS/SETUP/TASK/MODEL/METHOD-(what differs from the setup)-seedN, or as --out says."""
+    if args.out:
+        return Path(args.out)
+    defaults = vars(parse([args.task, "--setup", args.setup, "--model", args.model]))
     ignored = NOT_A_SETTING | NOT_COMPARED | {"task", "method", "seed", "precision"}
-    given = {name: value for name, value in vars(args).items() if name not in ignored and value != defaults[name]}
-    differing = [f"{name}{value}" for name, value in given.items()]
+    differing = [f"{k}={v}" for k, v in vars(args).items() if k not in ignored and v != defaults[k]]
     name = "-".join([args.method, *differing, f"seed{args.seed}"])
-    return Path("runs", args.task, Path(args.model).resolve().name, name)
+    return Path(args.runs, args.setup, args.task, Path(args.model).resolve().name, name)
 
 
 def is_finished(out, s):
@@ -1021,31 +1083,92 @@ def is_finished(out, s):
     return False
 
 
-def open_run_directory(out, s):
-    """From here on the directory is the run's: a start that failed before this has left nothing behind."""
+@contextlib.contextmanager
+def run_directory(out, s):
+    """From here on the directory is the run's (a start that failed before this has left nothing behind), and while this
+    is entered it is this process's alone."""
     from model import replace
 
     out.mkdir(parents=True, exist_ok=True)
-    replace(out / "settings.json", lambda file: file.write_text(json.dumps(s, indent=2) + "\n"))
+    with alone(out):
+        replace(out / "settings.json", lambda file: file.write_text(json.dumps(s, indent=2) + "\n"))
+        yield
+
+
+def is_taken(out):
+    """Whether another process is at the run of this directory."""
+    from data import InputError
+
+    try:
+        if out.is_dir():
+            with alone(out):
+                pass
+        return False
+    except InputError:
+        return True
+
+
+@contextlib.contextmanager
+def alone(out):
+    """Locks a directory. The system lets go of the lock when the process ends, however it does. Raises InputError if
+    another process holds it; on a system without such locks (Windows) there is none."""
+    from data import InputError
+
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    directory = os.open(out, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{out}: another process is at this run; wait for it, or give another --out") from None
+        yield
+    finally:
+        os.close(directory)
 
 
 def start(args):
     """One run, from its options to its result.json."""
+    from data import InputError
+
+    tokenizer, task = load_task(args)
+    device = choose_device(args.device)
+    s = settings_of(args, task, device)
+    out = directory_of(args)
+    if is_finished(out, s):
+        with alone(out):
+            test_finished(out, task, {**vars(args), **s}, device)
+        return
+    run, reference = new_run(args, tokenizer, task, s, out, device)
+    with run_directory(out, s):
+        if (out / "result.json").is_file():
+            raise InputError(f"{out}: another process has finished this run meanwhile")
+        go_on(run)
+        with Progress(run) as show:
+            fit(run, fixed_part(task.dev, s["gap_examples"]), reference, show)
+        finish(run, s)
+
+
+def load_task(args):
+    """(tokeniser, the data's Task) that the options ask for."""
     import data
-    import model as xlmr
 
     tokenizer = data.Tokenizer(args.model)
     reading = ("max_length", "stride", "max_question", "source", "cache")
     reading = {name: getattr(args, name) for name in reading if getattr(args, name) is not None}
     languages = args.languages.split(",") if args.languages else None
     tests = [name for name in args.tests.split(",") if name]
-    task = data.load(args.task, args.data, tokenizer, languages=languages, tests=tests, **reading)
-    device = choose_device(args.device)
-    s = settings_of(args, task, device)
-    out = Path(args.out) if args.out else default_out(args)
-    if is_finished(out, s):
-        test_finished(out, task, {**vars(args), **s}, device)
-        return
+    return tokenizer, data.load(args.task, args.data, tokenizer, languages=languages, tests=tests, **reading)
+
+
+def new_run(args, tokenizer, task, s, out, device):
+    """(a Run before its first update, the pre-trained encoder for CKA or None). Draws `task`'s few-shot examples."""
+    import data
+    import model as xlmr
+
     task.train, task.dev = data.few_shot(task.train, task.dev, s["shots"], s["seed"], s["source"])
     if s["dev_examples"]:
         task.dev = fixed_part(task.dev, s["dev_examples"])
@@ -1055,7 +1178,8 @@ def start(args):
     dropout = {name: p for name, p in dropout.items() if p is not None}
     model = xlmr.load(args.model, task.labels, xlmr.HEADS[args.task], **dropout)
     check_fit(model.config, tokenizer, task)
-    reference = copy.deepcopy(model.roberta).eval().to(device) if s["policy4"] == "auto" else None
+    similar = args.cka_every or s["policy4"] == "auto"
+    reference = copy.deepcopy(model.roberta).eval().to(device) if similar else None
     try:
         prepare(model, METHODS[s["method"]])
     except ValueError as e:
@@ -1063,12 +1187,32 @@ def start(args):
     model.roberta.train_rows(torch.from_numpy(task.train.ids).long().unique())
     model.to(device)
     # micro_batch, eval_tokens and the like may change from session to session: they are no part of settings.json
-    run = Run(model, task, {**vars(args), **s}, out, device)
-    open_run_directory(out, s)
-    go_on(run)
-    with Progress(run) as show:
-        fit(run, fixed_part(task.dev, s["gap_examples"]), reference, show)
-    finish(run, s)
+    return Run(model, task, {**vars(args), **s}, out, device), reference
+
+
+def estimate(args, updates=8, examples=20):
+    """The seconds that a run would take on this machine, from a few updates and predictions; nothing is left behind."""
+    tokenizer, task = load_task(args)
+    device = choose_device(args.device)
+    s = settings_of(args, task, device)
+    run, _ = new_run(args, tokenizer, task, s, directory_of(args), device)
+    part = fixed_part(task.dev, examples)
+    for _ in range(2):  # the first is slower: memory, caches
+        run.training_seconds, trained = 0.0, run.update
+        for _ in range(updates):
+            train_one_update(run)
+        began = time.perf_counter()
+        measured(run, part)
+        per_token = (time.perf_counter() - began) / tokens_of(part)
+    gaps = run.total // s["gap_every"] * tokens_of(fixed_part(task.dev, s["gap_examples"])) if s["gap_every"] else 0
+    evaluations = math.ceil(run.total / s["eval_every"]) if s["eval_every"] else 1
+    tests = sum(map(tokens_of, task.tests.values()))
+    per_update = run.training_seconds / (run.update - trained)
+    return run.total * per_update + (gaps + evaluations * tokens_of(task.dev) + tests) * per_token
+
+
+def tokens_of(sets):
+    return sum(len(examples.ids) for examples in sets.values())
 
 
 def check_fit(config, tokenizer, task):
@@ -1094,6 +1238,12 @@ def choose_device(name):
     except (RuntimeError, AssertionError) as e:
         raise InputError(f"--device {name}: {str(e).splitlines()[0]}") from e
     return device
+
+
+def name_of_device(device):
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu, {torch.get_num_threads()} threads"
 
 
 def fixed_part(dev, examples):
@@ -1139,7 +1289,7 @@ def finish(run, s):
         "tokens_per_second": round(run.tokens / run.training_seconds, 1),
         "peak_memory_bytes": peak,
         "seconds": round(run.seconds, 1),
-        "device": torch.cuda.get_device_name(run.device) if on_cuda else f"cpu, {torch.get_num_threads()} threads",
+        "device": name_of_device(run.device),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
     }  # fmt: skip
     write_result(run.out, result)
@@ -1155,10 +1305,12 @@ def tested(run):
     if not run.task.tests:
         return {}
     model = load(run.out / "best", architecture=HEADS[run.s["task"]]).to(run.device)
-    return {
-        name: {**measured(run, sets, model), "data_sha256": digest_of(sets.values())}
-        for name, sets in run.task.tests.items()
-    }
+    found = {}
+    for name, sets in run.task.tests.items():
+        report, counts = measured(run, sets, model)
+        write_counts(run.out, name, counts)
+        found[name] = {**report, "data_sha256": digest_of(sets.values())}
+    return found
 
 
 def test_finished(out, task, s, device):
@@ -1168,7 +1320,8 @@ def test_finished(out, task, s, device):
     try:
         result = json.loads((out / "result.json").read_text(encoding="utf-8"))
         result["dev"]["scores"]
-        task.tests = {name: sets for name, sets in task.tests.items() if not result.get(name)}
+        counted = {name for name in task.tests if (out / "examples" / f"{name}.npz").is_file()}
+        task.tests = {name: sets for name, sets in task.tests.items() if not (result.get(name) and name in counted)}
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         what = f"{type(e).__name__}: {e}"
         raise InputError(f"{out}/result.json: not a run's result ({what}); remove {out} and run it again") from e

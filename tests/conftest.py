@@ -79,16 +79,13 @@ def tiny_model(make_model):
     return make_model()
 
 
-@pytest.fixture(scope="session")
-def tiny_data(tmp_path_factory):
-    """A data folder in the layout of the official archives: German, English and French, 12 dev and 12 test pairs each,
-    60 English training pairs. Not to be written to."""
-    folder = tmp_path_factory.mktemp("data")
+def write_xnli(folder, dev, test):
+    """XNLI's two files, so many pairs a language, and MultiNLI's English one of 60."""
     (folder / "XNLI-1.0").mkdir()
-    for split, start in (("dev", 0), ("test", 12)):
+    for split, start, size in (("dev", 0, dev), ("test", dev, test)):
         lines = ["\t".join(XNLI_COLUMNS)]
         for language in LANGUAGES:
-            for i in range(start, start + 12):
+            for i in range(start, start + size):
                 row = dict(zip(("sentence1", "sentence2"), sentences(language, i)))
                 row |= {"language": language, "gold_label": LABELS[i * 7 % 3]}
                 lines.append("\t".join(row.get(column, "") for column in XNLI_COLUMNS))
@@ -97,6 +94,14 @@ def tiny_data(tmp_path_factory):
     train.parent.mkdir(parents=True)
     rows = ["\t".join([*sentences("en", i), ("neutral", "contradictory", "entailment")[i * 7 % 3]]) for i in range(60)]
     train.write_text("\n".join(["premise\thypo\tlabel", *rows]) + "\n")
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory):
+    """A data folder in the layout of the official archives: German, English and French, 12 dev and 12 test pairs each,
+    60 English training pairs. Not to be written to."""
+    folder = tmp_path_factory.mktemp("data")
+    write_xnli(folder, dev=12, test=12)
     return folder
 
 

@@ -9,6 +9,7 @@ import signal
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -109,7 +110,7 @@ def test_a_run_leaves_its_settings_log_result_and_best_model(train, tmp_path):
     out = tmp_path / "run"
     assert done.status == 0 and done.messages == []
     assert set(contents(out)) == {"settings.json", "log.jsonl", "result.json", "best/config.json", "best/model.safetensors",
-                                  "best/sentencepiece.bpe.model"}  # fmt: skip
+                                  "best/sentencepiece.bpe.model", "examples/dev.npz", "examples/test.npz"}  # fmt: skip
     settings, result = json.loads((out / "settings.json").read_text()), read_result(out)
     assert settings == result["settings"]
     expected = {
@@ -261,10 +262,10 @@ def test_a_run_without_out_is_named_by_what_it_is(run_main, command, tmp_path, m
     monkeypatch.chdir(tmp_path)
     options = ["--method", "df", "--gap-every", "0", "--no-test"]
     assert run_main(*command(*options)).status == run_main(*command(*options, "--seed", "3", "--c1", "0.5")).status == 0
-    results = sorted(tmp_path.glob(f"runs/xnli/{small_model.name}/*/result.json"))
+    results = sorted(tmp_path.glob(f"runs/paper/xnli/{small_model.name}/*/result.json"))
     assert len(results) == 2
     assert all(file.parent.name.startswith("df-") for file in results)
-    assert [("c10.5" in f.parent.name, "seed3" in f.parent.name) for f in results].count((True, True)) == 1
+    assert [("-c1=0.5-" in f.parent.name, "seed3" in f.parent.name) for f in results].count((True, True)) == 1
 
 
 def test_the_seed_decides_and_nothing_else(train, tmp_path):
@@ -413,13 +414,13 @@ def test_phase_by_fraction(train, tmp_path):
 
 
 def test_few_shots_join_the_training_set(train, tmp_path, monkeypatch):
-    sizes, real = [], measure.evaluate
+    sizes, real = [], measure.count
 
-    def evaluate(model, sets, *options):
+    def count(model, sets, *options):
         sizes.append({language: len(examples) for language, examples in sets.items()})
         return real(model, sets, *options)
 
-    monkeypatch.setattr(measure, "evaluate", evaluate)
+    monkeypatch.setattr(measure, "count", count)
     done = train("--shots", "3", "--epochs", "1", "--max-updates", "99", "--gap-every", "0", "--eval-every", "0")
     assert done.status == 0
     result = read_result(tmp_path / "run")
@@ -433,11 +434,11 @@ def test_the_best_model_is_the_selected_one(train, tmp_path, monkeypatch, select
     scripted = iter([*dev.values(), (33.0, 34.0, 35.0)])  # the last for the test sets
     models = []
 
-    def evaluate(model, *_):
+    def count(model, *_):
         models.append({name: w.clone() for name, w in model.state_dict().items()})
-        return {"accuracy": dict(zip(("de", "en", "fr"), next(scripted)))}
+        return {x: np.arange(100)[:, None] < score for x, score in zip(("de", "en", "fr"), next(scripted))}
 
-    monkeypatch.setattr(measure, "evaluate", evaluate)
+    monkeypatch.setattr(measure, "count", count)
     train("--select", select, "--eval-every", "2", "--max-updates", "6", "--gap-every", "0")
     result = read_result(tmp_path / "run")
     assert result["dev"]["update"] == best  # the first of equals
@@ -451,7 +452,7 @@ def test_the_best_model_is_the_selected_one(train, tmp_path, monkeypatch, select
 def test_policy4_auto_follows_the_similarity(train, tmp_path, monkeypatch):
     """The measurements, every 100 updates, at every update here: falling ones switch policy IV on after the tenth."""
     real = slowfast.due_at
-    monkeypatch.setattr(slowfast, "due_at", lambda run: real(run) | {"similarity": run.update > 0})
+    monkeypatch.setattr(slowfast, "due_at", lambda run: real(run) | {"policy4": run.update > 0})
     values = iter([0.9, *(0.8 - 0.01 * n for n in range(11)), *[0.9] * 20])
     monkeypatch.setattr(measure, "similarity", lambda *_: [0.1, next(values)])
     train("--policy4", "auto", "--phase", "fraction", "--fraction", "0", "--max-updates", "20", "--log-every", "1")
@@ -634,14 +635,14 @@ PLACES = {
     "after a line of the log with a gap": (slowfast, "write_log", 2, AFTER),
     "before a checkpoint": (slowfast, "save_checkpoint", 2, BEFORE),
     "after a checkpoint": (slowfast, "save_checkpoint", 2, AFTER),
-    "in the measurement of the gap": (measure, "evaluate", 1, AFTER),
-    "in the evaluation": (measure, "evaluate", 2, AFTER),
+    "in the measurement of the gap": (measure, "count", 1, AFTER),
+    "in the evaluation": (measure, "count", 2, AFTER),
     "in the midst of a prediction": (measure, "predict", 8, BEFORE),
-    "in the last evaluation": (measure, "evaluate", 4, BEFORE),
+    "in the last evaluation": (measure, "count", 4, BEFORE),
     "before the best model is saved": (xlmr, "save", 1, BEFORE),
     "in the midst of saving it": (xlmr, "replace", 6, BEFORE),
     "after it is saved": (xlmr, "save", 1, AFTER),
-    "in the test": (measure, "evaluate", 5, AFTER),
+    "in the test": (measure, "count", 5, AFTER),
 }
 
 
@@ -701,7 +702,7 @@ def test_ctrl_c_while_a_checkpoint_is_written(train, tmp_path, monkeypatch, undi
 
 def test_similarities_and_shots_go_on_too(train, tmp_path, monkeypatch):
     real = slowfast.due_at
-    monkeypatch.setattr(slowfast, "due_at", lambda run: real(run) | {"similarity": run.update > 0})
+    monkeypatch.setattr(slowfast, "due_at", lambda run: real(run) | {"policy4": run.update > 0})
     options = ["--policy4", "auto", "--shots", "3", "--max-updates", "15", "--phase", "fraction"]
     train(*options, out=tmp_path / "undisturbed")
     with monkeypatch.context() as patch:
@@ -787,7 +788,7 @@ def small_disk():
 @pytest.mark.parametrize(
     ("owner", "name", "call", "room"),
     [
-        (slowfast, "open_run_directory", 1, 20),
+        (slowfast, "run_directory", 1, 20),
         (slowfast, "write_log", 1, 60),
         (slowfast, "write_log", 2, 400),
         (slowfast, "save_checkpoint", 1, 20_000),

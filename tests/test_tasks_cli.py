@@ -134,8 +134,10 @@ def copied(tiny_tasks, tmp_path):
 @each_task
 def test_a_run_leaves_its_settings_log_result_and_best_model(finished, task):
     out = finished[task]
+    splits = {"dev", "test", "xquad", "squad", "test-7x7"} if task == "mlqa" else {"dev", "test"}
     assert set(contents(out)) == {"settings.json", "log.jsonl", "result.json", "best/config.json",
-                                  "best/model.safetensors", "best/sentencepiece.bpe.model"}  # fmt: skip
+                                  "best/model.safetensors", "best/sentencepiece.bpe.model",
+                                  *(f"examples/{split}.npz" for split in splits)}  # fmt: skip
     settings, result = json.loads((out / "settings.json").read_text()), read_result(out)
     assert settings == result["settings"] and "tests" not in settings
     assert (settings["task"], settings["source"], settings["languages"]) == (task, "en", LANGUAGES[task])
@@ -404,7 +406,7 @@ def test_a_run_that_was_stopped_ends_like_one_that_was_not(train, tmp_path, monk
 def test_policy4_auto_measures_the_similarity(train, tmp_path, monkeypatch, task):
     """Every 100 updates; at every update here."""
     real = slowfast.due_at
-    monkeypatch.setattr(slowfast, "due_at", lambda run: real(run) | {"similarity": run.update > 0})
+    monkeypatch.setattr(slowfast, "due_at", lambda run: real(run) | {"policy4": run.update > 0})
     assert train(task, "--policy4", "auto", "--no-test", "--max-updates", "6").status == 0
     measured = [line["cka"] for line in read_log(tmp_path / "run")]
     assert len(measured) == 6  # there is a line for each
@@ -458,18 +460,18 @@ def test_bf16_trains_and_measures_every_task(train, tmp_path, finished, task):
 def sizes(monkeypatch):
     """What the runs of a test train and are measured on: "train": examples, "sets": [{language: examples}, ...]."""
     seen = {"sets": []}
-    real_fit, real_evaluate = slowfast.fit, measure.evaluate
+    real_fit, real_count = slowfast.fit, measure.count
 
     def fit(run, *arguments):
         seen["train"] = len(run.task.train)
         return real_fit(run, *arguments)
 
-    def evaluate(model, sets, *options):
+    def count(model, sets, *options):
         seen["sets"].append({language: len(examples) for language, examples in sets.items()})
-        return real_evaluate(model, sets, *options)
+        return real_count(model, sets, *options)
 
     monkeypatch.setattr(slowfast, "fit", fit)
-    monkeypatch.setattr(measure, "evaluate", evaluate)
+    monkeypatch.setattr(measure, "count", count)
     return seen
 
 
@@ -575,6 +577,7 @@ def test_a_finished_run_is_measured_on_more_without_training(again, tmp_path, fi
     assert done.status == 0 and "finished" in done.out and "slowfast seed 2, dev-7x7: f1 mean" in done.out
     assert "slowfast seed 2, test: " not in done.out  # it is there
     after = contents(tmp_path / "run")
+    assert after.pop("examples/dev-7x7.npz")
     old, new = json.loads(before.pop("result.json")), json.loads(after.pop("result.json"))
     assert after == before  # and the directory holds nothing else
     added = new.pop("dev-7x7")
@@ -582,7 +585,7 @@ def test_a_finished_run_is_measured_on_more_without_training(again, tmp_path, fi
     assert {x: added["scores"][f"{x}-{x}"] for x in ("de", "en", "es")} == old["dev"]["scores"]
     assert len(added["data_sha256"]) == 64 and added["data_sha256"] != old["test-7x7"]["data_sha256"]
 
-    monkeypatch.setattr(measure, "evaluate", None)  # whoever measures now fails
+    monkeypatch.setattr(measure, "count", None)  # whoever measures now fails
     whole = contents(tmp_path / "run")
     for tests in (("--tests", "test,dev-7x7"), ("--tests", "squad"), ("--no-test",), ()):
         done = again("mlqa", *tests)
