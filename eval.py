@@ -1269,6 +1269,7 @@ def planned(args):
             if task in args.tasks:
                 options = [task, "--setup", args.setup, "--model", args.model, "--data", args.data, "--runs", args.runs]
                 options += ["--seed", str(seed), *(f"--{k}={v}" for k, v in settings.items()), *shlex.split(args.args)]
+                options += [] if args.keep else ["--discard"]
                 run = slowfast.parse(options)
                 runs.setdefault(slowfast.directory_of(run), run)
     return runs
@@ -1414,8 +1415,11 @@ def report_page(runs, out):
             lines += [f"### {titled(name)}", "", f"![{figure.title}]({files[1].name})", "",
                       f"([vector]({files[0].name}), [numbers]({files[2].name}))", ""]  # fmt: skip
     for setup in setups:
-        for title, rows in titled_tables(setup.runs, all_splits(setup.runs), by_language=True, paper=False):
-            lines += [f"### {setup.name}: {title}", "", render(rows, markdown=True), ""]
+        for measure in (None, "exact_match"):
+            tables = titled_tables(setup.runs, all_splits(setup.runs), measure, by_language=True, paper=False)
+            for title, rows in tables:
+                lines += [f"<details><summary>{setup.name} by language: {title}</summary>", ""]
+                lines += [render(rows, markdown=True), "", "</details>", ""]
     return lines
 
 
@@ -1532,6 +1536,7 @@ def options_of_targets(add):
     add("--model", required=True, metavar="DIR", help="as of slowfast.py")
     add("--data", default="data", metavar="DIR", help="as of slowfast.py")
     add("--runs", default="runs", metavar="DIR", help="where runs lie (default: runs)")
+    add("--keep", action="store_true", help="keep each run's weights (XLM-R base: 1.1 GB a run)")
     add("--args", default="", metavar="TEXT", help='further options of slowfast.py, such as "--max-updates 1500"')
     add("--out", default="report", metavar="DIR", help="where figures go (default: report)")
 
