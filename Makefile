@@ -95,7 +95,7 @@ $(foreach task,$(ALL_TASKS),$(eval $(call task_table,$(task))))
 
 # --- make table1 ..., figure1 ..., plan, report: tables share runs; of a target only TASKS are run ---
 
-OPTIONS = --setup $(SETUP) --model $(MODEL) --data $(DATA) --seeds $(SEEDS) --tasks $(TASKS) --args "$(ARGS)"
+OPTIONS = --setup $(SETUP) --model $(MODEL) --data $(DATA) --seeds $(SEEDS) --tasks $(TASKS) --args="$(ARGS)"
 
 # which tasks a target is about
 $(foreach target,$(addprefix table,1 2 4 5 6 8) $(addprefix figure,2 3 4 6),$(eval needs_$(target) := xnli mlqa ner))

@@ -743,8 +743,8 @@ def paper_table(table, setups, whole=True):
         task, settings, quantity = column(table, name)
         there = [setup for setup in setups if setup.task == task] or [None]
         for setup in there:
-            runs = setup and any(setup.seeds(settings_of_row(row) | settings) for row in PAPER[table])
-            if not whole and not runs:
+            there_are = setup and any(setup.values(settings_of_row(r) | settings, quantity) for r in PAPER[table])
+            if not whole and not there_are:
                 continue
             shown = name.replace(task, setup.name if setup else TASK_NAMES[task], 1) if name.startswith(task) else name
             several = f" {setup.name}" if setup and len(there) > 1 and not name.startswith(task) else ""
@@ -768,7 +768,9 @@ def paper_table(table, setups, whole=True):
     tasks = {column(table, name)[0] for name in columns(table)}
     for text, comparisons in CLAIMS[table]:
         said = [(setup.name, verdict(setup, table, comparisons)) for setup in setups if setup.task in tasks]
-        claims.append(f"{text}: " + ("; ".join(f"{name} {v}" for name, v in said if v) or "not run"))
+        said = [f"{name} {v}" for name, v in said if v and (whole or v != "not run")]
+        if said or whole:
+            claims.append(f"{text}: {'; '.join(said) or 'not run'}")
     return rows, claims
 
 
@@ -1328,6 +1330,10 @@ def make(args):
         print(f"run {n} of {len(lacking)}: {folder}", file=sys.stderr)
         try:
             slowfast.start(runs[folder])
+        except InputError:
+            if not slowfast.is_taken(folder):
+                raise
+            elsewhere += 1  # it was taken while this one was still reading its data
         except FloatingPointError as e:  # it says something of its settings, not of the others
             print(f"eval.py: {folder}: {e}", file=sys.stderr)
             failed.append(folder)
@@ -1376,7 +1382,7 @@ def described(setup):
     s, run = setup.runs[0]["settings"], setup.runs[0]
     updates = sorted({r["updates"] for r in setup.runs})
     said = [
-        Path(s["model"]).name, f"trained on {s.get('source', SOURCE)}",
+        Path(s["model"]).name, f"trained on {s.get('source', SOURCE)} of the folder {Path(s['data']).name!r}",
         f"{' or '.join(f'{u:,}' for u in updates)} updates of {s['batch_size']}",
         f"lr {s['lr']:g}", str(s["precision"]),
         f"P1 by {s['phase']}", f"policy IV {s['policy4']}", f"best model by {s['select']}",
@@ -1394,7 +1400,7 @@ def report_page(runs, out):
     lines = [
         "A multilingual encoder is fine-tuned on one language, the source, and measured in others. The **gap** is the",
         "score in the source minus the mean of the others. `df` is plain fine-tuning, `slowfast` the paper's method.",
-        "", *methods_of(runs), "", "### What was run", "", *(f"- {described(setup)}" for setup in setups), "",
+        "", *methods_of(runs), "### What was run", "", *(f"- {described(setup)}" for setup in setups), "",
         render(list_of_runs(setups), markdown=True), "",
         "In P1 counts the updates of the first phase, as detected. Devices: "
         + "; ".join(sorted({run["device"] for run in runs})) + ".", "",
@@ -1403,9 +1409,10 @@ def report_page(runs, out):
         of_table = [setup for setup in setups if compares(table, setup)]
         if of_table:
             rows, claims = paper_table(table, of_table, whole=False)
-            claims = [f"- {claim}" for claim in claims if not claim.endswith(": not run")]
             lines += [f"### {titled(table)}", "", render(rows, markdown=True), ""]
-            lines += ["What the paper concludes, and what these runs say of it:", "", *claims, ""] if claims else []
+            if claims:
+                lines += ["What the paper concludes, and what these runs say of it:", ""]
+                lines += [*(f"- {claim}" for claim in claims), ""]
     lines += [LEGEND, ""] if any(line.startswith("### Table") for line in lines) else []
     for name, figure in FIGURES.items():
         grid = grid_of(name, [setup for setup in setups if compares(name, setup)])
@@ -1424,9 +1431,10 @@ def report_page(runs, out):
 
 
 def compares(target, setup):
-    """Whether a setup has runs that a table or figure is about: two rows of a table, any line of a figure but df alone
-    where it is compared."""
+    """Whether a setup has what a table or figure compares: two different rows or lines, or the one line of a figure."""
     wanted = {json.dumps(VARIED | settings) for task, settings in settings_of_target(target, 24) if task == setup.task}
+    if target in PAPER and "df" not in PAPER[target]:
+        wanted = {text for text in wanted if json.loads(text)["method"] != "df"}
     have = {json.dumps({k: run["settings"][k] for k in VARIED}) for run in setup.runs}
     alone = target in FIGURES and len(FIGURES[target].methods) == 1
     return len(wanted & have) >= (1 if alone else 2)
@@ -1436,7 +1444,7 @@ def methods_of(runs):
     from slowfast import METHODS
 
     names = sorted({run["method"] for run in runs} - {"df", "slowfast"}, key=list(METHODS).index)
-    return [f"- `{name}`: {METHODS[name].about}" for name in names]
+    return [*(f"- `{name}`: {METHODS[name].about}" for name in names), *([""] if names else [])]
 
 
 def list_of_runs(setups):
