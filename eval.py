@@ -12,11 +12,11 @@ From top to bottom: predictions, scores, linear CKA, tables of any runs, the pap
 them, its figures, and the runs that these need.
 """
 
-import argparse
 import collections
 import csv
 import functools
 import json
+import os
 import re
 import shlex
 import statistics
@@ -661,7 +661,7 @@ def difference(setup, a, b, quantity):
     seeds = sorted(one.keys() & other.keys())
     if not seeds:
         return None
-    differences = [sign * (one[seed] - other[seed]) for seed in seeds]
+    differences = [round(sign * (one[seed] - other[seed]), 9) for seed in seeds]
     mean = statistics.fmean(differences)
     if len(seeds) > 1:
         t = T975[min(len(seeds) - 1, len(T975)) - 1]
@@ -1264,15 +1264,22 @@ def planned(args):
     from model import read_config
 
     depth = read_config(Path(args.model, "config.json")).num_hidden_layers
+    try:
+        more = shlex.split(args.args)
+    except ValueError as e:
+        raise InputError(f"--args {args.args}: {e}") from e
     wanted = [pair for target in args.targets for pair in settings_of_target(target, depth)]
     runs = {}
     for seed in args.seeds:
         for task, settings in wanted:
             if task in args.tasks:
                 options = [task, "--setup", args.setup, "--model", args.model, "--data", args.data, "--runs", args.runs]
-                options += ["--seed", str(seed), *(f"--{k}={v}" for k, v in settings.items()), *shlex.split(args.args)]
+                options += ["--seed", str(seed), *(f"--{k}={v}" for k, v in settings.items()), *more]
                 options += [] if args.keep else ["--discard"]
                 run = slowfast.parse(options)
+                undone = [k for k, v in {**settings, "seed": seed, "out": None}.items() if getattr(run, k) != v]
+                if undone:
+                    raise InputError(f"--args {args.args}: --{undone[0]} is what the tables and figures themselves set")
                 runs.setdefault(slowfast.directory_of(run), run)
     return runs
 
@@ -1331,9 +1338,10 @@ def make(args):
         try:
             slowfast.start(runs[folder])
         except InputError:
-            if not slowfast.is_taken(folder):
-                raise
-            elsewhere += 1  # it was taken while this one was still reading its data
+            if not is_there(folder):  # else another process has made it while this one was still reading its data
+                if not slowfast.is_taken(folder):
+                    raise
+                elsewhere += 1  # or has taken it
         except FloatingPointError as e:  # it says something of its settings, not of the others
             print(f"eval.py: {folder}: {e}", file=sys.stderr)
             failed.append(folder)
@@ -1480,7 +1488,8 @@ def write_readme(folders, out, readme):
     if not mark or not end:
         raise InputError(f"{readme}: the lines {MARKS[0]!r} and {MARKS[1]!r} are not there")
     page = "\n".join(report_page(read_runs(folders), out)).strip()
-    page = re.sub(r"\]\((figure\d\.\w+)\)", lambda m: f"]({out.as_posix()}/{m[1]})", page)
+    seen = Path(os.path.relpath(out, readme.parent)).as_posix()
+    page = re.sub(r"\]\((figure\d\.\w+)\)", lambda m: f"]({seen}/{m[1]})", page)
     readme.write_text(f"{before}{mark}\n\n{page}\n\n{end}{after}", encoding="utf-8")
     print(readme)
 
@@ -1509,7 +1518,9 @@ def print_tables(args):
 
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(description="Tables and figures of runs, and of the paper.")
+    from slowfast import OneLineParser
+
+    parser = OneLineParser(prog="eval.py", description="Tables and figures of runs, and of the paper.")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, about in (("table", "final scores of finished runs"), ("curves", "loss, phase and gap by update")):
         options_of_tables(commands.add_parser(name, help=about).add_argument)
@@ -1576,6 +1587,9 @@ def main(argv=None):
         return 2
     except ModuleNotFoundError as e:
         print(f"eval.py: {e}; figures need it: pip install -r requirements-figures.txt", file=sys.stderr)
+        return 2
+    except FloatingPointError as e:
+        print(f"eval.py: {e}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\neval.py: stopped; the same command goes on from here", file=sys.stderr)

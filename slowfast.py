@@ -867,13 +867,14 @@ class OneLineParser(argparse.ArgumentParser):
     """Says what is wrong with an option in one line."""
 
     def error(self, message):
-        print(f"slowfast.py: {message} (--help tells more)", file=sys.stderr)
+        print(f"{self.prog.split()[0]}: {message} (--help tells more)", file=sys.stderr)
         sys.exit(2)
 
 
 def parse(argv=None):
     """The options of a run. Where one is not given it is the setup's, for this task, or else the default."""
     parser = OneLineParser(
+        prog="slowfast.py",
         description="Fine-tunes a multilingual encoder on English and measures it in every language.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="methods:\n" + "\n".join(f"  {name:20} {m.about}" for name, m in METHODS.items() if "layer-" not in name)
@@ -1306,10 +1307,13 @@ def finish(run, s):
 
 def tested(run):
     """{name of a test set: report} of the best model, as far as the task has test sets."""
+    from data import InputError
     from model import HEADS, load
 
     if not run.task.tests:
         return {}
+    if not (run.out / "best").is_dir():
+        raise InputError(f"{run.out}: its weights were not kept (--discard); remove it to run it again")
     model = load(run.out / "best", architecture=HEADS[run.s["task"]]).to(run.device)
     found = {}
     for name, sets in run.task.tests.items():
