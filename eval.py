@@ -1228,14 +1228,20 @@ def grid_of(name, setups):
     return figure.grid(figure, columns)
 
 
+def has_series(grid):
+    return any(panel.series for row in grid for panel in row)
+
+
 def caption_of(name, setups):
-    """What a figure's reader must know of its runs: seeds, and where P1 is."""
-    seeds = sorted({len(setup.seeds({"method": FIGURES[name].methods[0]})) for setup in setups if setup.task in
-                    FIGURES[name].tasks} - {0})  # fmt: skip
+    """What a figure is of, and what its lines are of several seeds."""
+    figure = FIGURES[name]
+    setups = [setup for setup in setups if setup.task in figure.tasks]
+    seeds = sorted({len(setup.seeds({"method": figure.methods[0]})) for setup in setups} - {0})
     n = " or ".join(map(str, seeds)) or "no"
-    return f"{FIGURES[name].title}; {n} seed{'' if n == '1' else 's'}" + (
-        ", the lines are means and the bands go from the lowest to the highest." if seeds and seeds[-1] > 1 else "."
-    )
+    means = ", the lines are means" if seeds and seeds[-1] > 1 else ""
+    if means and figure.grid is not similarity_grid:
+        means += " and the bands go from the lowest to the highest"
+    return f"{figure.title}; {n} seed{'' if n == '1' else 's'}{means}."
 
 
 # --- one command each: the runs that tables and figures need -------------------------------------------------
@@ -1423,10 +1429,10 @@ def report_page(runs, out):
                 lines += [*(f"- {claim}" for claim in claims), ""]
     lines += [LEGEND, ""] if any(line.startswith("### Table") for line in lines) else []
     for name, figure in FIGURES.items():
-        grid = grid_of(name, [setup for setup in setups if compares(name, setup)])
-        if any(panel.series for row in grid for panel in row):
-            grid = [list(row) for row in zip(*(c for c in zip(*grid) if any(panel.series for panel in c)))]
-            files = draw(grid, out / name, caption_of(name, setups))
+        drawn = [setup for setup in setups if compares(name, setup) and has_series(grid_of(name, [setup]))]
+        if drawn:
+            columns_with_lines = [column for column in zip(*grid_of(name, drawn)) if has_series([column])]
+            files = draw([list(row) for row in zip(*columns_with_lines)], out / name, caption_of(name, drawn))
             lines += [f"### {titled(name)}", "", f"![{figure.title}]({files[1].name})", "",
                       f"([vector]({files[0].name}), [numbers]({files[2].name}))", ""]  # fmt: skip
     for setup in setups:
