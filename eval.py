@@ -1423,7 +1423,7 @@ def report_page(runs, out):
         of_table = [setup for setup in setups if compares(table, setup)]
         if of_table:
             rows, claims = paper_table(table, of_table, whole=False)
-            lines += [f"### {titled(table)}", "", render(rows, markdown=True), ""]
+            lines += [f"### {titled(table)}", "", render(upright(rows), markdown=True), ""]
             if claims:
                 lines += ["What the paper concludes, and what these runs say of it:", ""]
                 lines += [*(f"- {claim}" for claim in claims), ""]
@@ -1442,6 +1442,18 @@ def report_page(runs, out):
                 lines += [f"<details><summary>{setup.name} by language: {title}</summary>", ""]
                 lines += [render(rows, markdown=True), "", "</details>", ""]
     return lines
+
+
+def upright(rows, widest=9):
+    """A table for a page: indented in Markdown; or, if it is too wide, with its columns as rows, and then what stands
+    below a row names it."""
+    if len(rows[0]) <= widest:
+        return [[name.replace("  ", "&emsp;"), *cells] for name, *cells in rows]
+    named, above = [rows[0]], ""
+    for name, *cells in rows[1:]:
+        above = above if name.startswith(" ") else name
+        named.append([f"{above}: {name.strip()}" if name.startswith(" ") else name, *cells])
+    return transposed(named)
 
 
 def compares(target, setup):
