@@ -1205,7 +1205,7 @@ def markdown_tables(text):
     for line in text.splitlines():
         heading = line.lstrip("# ") if line.startswith("#") else heading
         if line.startswith("| "):
-            cells = [cell.strip() for cell in line.strip("|").split("|")]
+            cells = [cell.strip().removeprefix("&emsp;") for cell in line.strip("|").split("|")]
             if set("".join(cells)) - set("-:"):
                 found.setdefault(heading, []).append(cells)
     return found
@@ -1234,6 +1234,11 @@ def test_the_report_has_all_that_was_run(made, tmp_path, run_eval):
         if table == "table7":  # without the languages that were not measured
             kept = [i for i, x in enumerate(rows[0]) if x in ("", *LANGUAGES)]
             rows = [[row[i] for i in kept] for row in rows]
+        if len(rows[0]) > 9:  # too wide for a page: its columns are rows, and what stands below a row names it
+            above = [name for name in (row[0] for row in rows) if name not in ("paper", "minus df")]
+            found = [list(row) for row in zip(*found)]
+            assert all(name.partition(": ")[0] in above for name, *_ in found)
+            found = [[name.rpartition(": ")[2], *cells] for name, *cells in found]
         assert found == rows
     said = [claim for claims in made.claims.values() for claim in claims if not claim.endswith(" not run")]
     assert len(said) > 15 and all(f"\n- {claim}\n" in text for claim in said)
