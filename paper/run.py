@@ -1,0 +1,454 @@
+"""One run, from its options to its result.json.
+
+A run is its directory: settings.json (what it is), log.jsonl (its curves), checkpoint.pt (where it is), best/ (the best
+model in Hugging Face's layout) and, once it is finished, result.json. Update t is followed by what is due at t: a line
+of the log, the gap, an evaluation. What is due is first measured and then recorded, in one go that nothing interrupts,
+so that a checkpoint is always either before or after it: a run that was stopped ends like one that was not.
+
+From top to bottom: a run while it trains, the loop around its updates, what is due after one, its start and its end.
+folder.py has the files of its directory, progress.py what it shows.
+"""
+
+import copy
+import dataclasses
+import hashlib
+import json
+import math
+import platform
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import data
+import model as xlmr
+import slowfast
+from data import IGNORED, InputError, collate, epoch_batches, file_sha256
+from eval import MEASURES, count, report, scored, similarity
+from paper.folder import (
+    alone,
+    go_on,
+    is_finished,
+    save_checkpoint,
+    tidy,
+    write_counts,
+    write_json,
+    write_log,
+)  # fmt: skip
+from paper.methods import METHODS
+from paper.progress import Progress, name_of_device, print_scores
+
+try:
+    import resource
+except ImportError:  # Windows has none
+    resource = None
+
+
+class Run:
+    """A run while it trains: the model and all that changes with it. `reference` is the pre-trained encoder that CKA
+    compares with, or None."""
+
+    def __init__(self, options, task, model, reference, device):
+        o = self.options = options
+        self.task, self.model, self.reference, self.device = task, model, reference, device
+        self.out = o.directory
+        self.batches_per_epoch = math.ceil(len(task.train.lengths) / o.batch_size)
+        self.total = min(o.epochs * self.batches_per_epoch, o.max_updates or math.inf)
+        self.method = METHODS[o.method].policies
+        self.optimizer = slowfast.Adam(slowfast.param_groups(model), lr=o.lr)
+        schedule = slowfast.warmup_then_decay(self.total, o.warmup)
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, schedule)
+        self.policies = slowfast.SlowFast(
+            self.optimizer, o.c1, o.c2, o.r, method=self.method, window=o.window, threshold=o.threshold,
+            phase=o.phase, fraction=o.fraction, total_updates=self.total, policy4=o.policy4,
+        )  # fmt: skip
+        self.gap_sets = fixed_part(task.dev, o.gap_examples)
+        self.update = 0
+        self.recorded = 0  # the update up to which all that was due is recorded
+        self.best = None  # {"update", "scores", ...}: the report of the dev sets of the best model
+        self.gap = self.lr = None
+        self.losses = []  # since the last line of the log
+        self.log_bytes = 0
+        self.tokens, self.training_seconds = 0, 0.0
+        self.began = time.monotonic()  # moved back by the time that earlier sessions took
+
+    COUNTS = ("update", "recorded", "best", "gap", "lr", "losses", "log_bytes", "tokens", "training_seconds", "seconds")
+
+    @property
+    def seconds(self):
+        return time.monotonic() - self.began
+
+    def state_dict(self):
+        return {
+            "counts": {name: getattr(self, name) for name in self.COUNTS},
+            "policies": self.policies.state_dict(),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "random": torch.get_rng_state(),
+            "random_cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+        }
+
+    def load_state_dict(self, state):
+        counts = dict(state["counts"])
+        self.began = time.monotonic() - counts.pop("seconds")
+        for name, value in counts.items():
+            setattr(self, name, value)
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.policies.load_state_dict(state["policies"])
+        torch.set_rng_state(state["random"])
+        if state["random_cuda"] is not None and self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["random_cuda"], self.device)
+
+    def windows(self, update):
+        """The indices of the training windows of an update (counted from 0): a function of the seed alone, so that a
+        run that goes on sees what it would have seen."""
+        epoch, place = divmod(update, self.batches_per_epoch)
+        if getattr(self, "epoch", None) != epoch:
+            o, lengths = self.options, self.task.train.lengths
+            self.epoch, self.batches = epoch, epoch_batches(lengths, o.batch_size, o.seed, epoch)
+        return self.batches[place]
+
+    def updates(self):
+        """Yields the micro-batches of each update that is still to be done: lists of (input_ids, labels, how many
+        labels the whole update has)."""
+        while self.update < self.total:
+            indices = self.windows(self.update)
+            size = self.options.micro_batch or len(indices)
+            parts = [collate(self.task.train, indices[i : i + size]) for i in range(0, len(indices), size)]
+            # pairs, tokens, or ends of answers
+            labelled = max(sum(int((labels != IGNORED).sum()) for _, labels in parts), 1)
+            yield [(*(part.to(self.device, non_blocking=True) for part in pair), labelled) for pair in parts]
+
+
+def loss(model, batch):
+    """A micro-batch's part of the mean cross-entropy over the labels of an update."""
+    input_ids, labels, labelled = batch
+    return model.loss(model(input_ids), labels) / labelled
+
+
+# --- the loop around the updates -----------------------------------------------------------------------------
+
+
+def fit(run, show):
+    """Trains to the end, from wherever `run` is. Ctrl-C and SIGTERM leave a checkpoint, and KeyboardInterrupt."""
+    loop = slowfast.train(
+        run.model, run.updates(), loss, run.optimizer, run.scheduler, run.policies, run.options.clip
+    )  # fmt: skip
+    with Whole() as whole:
+        try:
+            while True:
+                due = due_at(run)
+                if "checkpoint" in due or "evaluation" in due:
+                    save_checkpoint(run)
+                if due - {"checkpoint"}:
+                    found = measure(run, due, show)
+                    with whole:
+                        record(run, due, *found)
+                    if "log" in due:
+                        show(run, line=True)
+                if run.update == run.total:
+                    return
+                with whole:
+                    one_more(run, loop)
+                show(run)
+        except KeyboardInterrupt:
+            save_checkpoint(run)
+            raise
+
+
+def one_more(run, loop):
+    """Does an update and counts it."""
+    began = time.perf_counter()
+    done = next(loop)
+    run.training_seconds += time.perf_counter() - began
+    run.tokens += int(run.task.train.lengths[run.windows(run.update)].sum())
+    run.update += 1
+    run.lr = done.lr
+    run.losses.append(done.loss)
+
+
+class Whole:
+    """While it is entered, Ctrl-C and SIGTERM raise KeyboardInterrupt, but never in the middle of a block that enters
+    it again: they wait until that is done."""
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self):
+        self.depth, self.stop = 0, False
+
+    def __enter__(self):
+        if self.depth == 0:
+            self.handlers = [signal.signal(number, self.handle) for number in self.SIGNALS]
+        self.depth += 1
+        return self
+
+    def __exit__(self, error, *_):
+        self.depth -= 1
+        if self.depth == 0:
+            for number, handler in zip(self.SIGNALS, self.handlers):
+                signal.signal(number, handler)
+        if self.stop and error is None:
+            raise KeyboardInterrupt
+
+    def handle(self, *_):
+        if self.depth == 1:
+            raise KeyboardInterrupt
+        self.stop = True
+
+
+# --- what is due after an update -----------------------------------------------------------------------------
+
+
+def due_at(run):
+    """The names of what is due after the update that has just been done."""
+    t, o = run.update, run.options
+    if t == run.recorded:
+        return set()
+    every = {"log": o.log_every, "gap": o.gap_every, "similarity": o.cka_every, "evaluation": o.eval_every,
+             "checkpoint": o.save_every}  # fmt: skip
+    if o.policy4 == "auto" and reads_c2(run.method):
+        every["policy4"] = 100
+    due = {what for what, n in every.items() if n and t % n == 0}
+    return due | {"log", "evaluation"} if t == run.total else due
+
+
+def reads_c2(method):
+    """Whether policy IV is part of a method."""
+    return "c2" in [*method.P1.values(), *method.P2.values()]
+
+
+def measure(run, due, show):
+    """What is due, measured: (what the line of the log holds besides, (report of the dev sets, counts) or None)."""
+    entry, evaluation = {}, None
+    if due & {"similarity", "policy4"}:
+        input_ids, _ = collate(run.task.train, run.windows(run.update - 1))
+        entry["cka"] = similarity(run.model, run.reference, input_ids.to(run.device))
+    if "gap" in due:
+        found, _ = measured(run.options, run.model, run.gap_sets)
+        entry |= {key: found[key] for key in ("scores", "mean", "source", "non_source", "gap")}
+    if "evaluation" in due:
+        show(run, "evaluating")
+        evaluation = measured(run.options, run.model, run.task.dev)
+    return entry, evaluation
+
+
+def measured(options, model, sets):
+    """(what eval.report says of a model on {language: Examples}, what it is the sum of)."""
+    measure = MEASURES[options.task]
+    counts = count(model, sets, measure, options.eval_tokens)
+    return report(scored(counts, measure), options.source), counts
+
+
+def record(run, due, entry, evaluation):
+    """Takes what was measured into the run's state and files."""
+    if "policy4" in due:
+        run.policies.observe_similarity(sum(entry["cka"][-2:]) / 2)
+    if "gap" in due:
+        run.gap = entry["gap"]
+    if "log" in due or entry:
+        write_log(run, entry)
+    if evaluation:
+        found, counts = evaluation
+        # what the best model is best in: the mean over all languages' dev sets, or the source's (Appendix B)
+        by = "mean" if run.options.select == "all" else "source"
+        if run.best is None or found[by] > run.best[by]:
+            run.best = {"update": run.update, **found}
+            write_counts(run.out, "dev", counts)
+            xlmr.save(run.model, run.out / "best", tokenizer=Path(run.options.model, "sentencepiece.bpe.model"))
+    run.recorded = run.update
+
+
+# --- from the start to the end -------------------------------------------------------------------------------
+
+
+def start(options):
+    """One run, from its options to its result.json; of a run that is finished, the test sets that it lacks."""
+    tokenizer, task = load_task(options)
+    device = choose_device(options.device)
+    options = resolved(options, task, device)
+    out = options.directory
+    if is_finished(out, options.settings):
+        with alone(out):
+            tidy(out)
+            test_finished(options, task, device)
+        return
+    run = new_run(options, tokenizer, task, device)
+    # From here on the directory is the run's (a start that failed before this has left nothing behind).
+    out.mkdir(parents=True, exist_ok=True)
+    with alone(out):
+        if is_finished(out, options.settings):
+            raise InputError(f"{out}: another process has finished this run meanwhile")
+        tidy(out)
+        write_json(out / "settings.json", options.settings)
+        go_on(run)
+        with Progress(run) as show:
+            fit(run, show)
+        finish(run)
+
+
+def load_task(options):
+    """(tokeniser, the data's Task) that the options ask for."""
+    tokenizer = data.Tokenizer(options.model)
+    reading = {name: getattr(options, name) for name in ("max_length", "stride", "max_question", "source", "cache")}
+    reading = {name: value for name, value in reading.items() if value is not None}
+    languages = options.languages.split(",") if options.languages else None
+    tests = [name for name in options.tests.split(",") if name]
+    task = data.load(options.task, options.data, tokenizer, languages=languages, tests=tests, **reading)
+    return tokenizer, task
+
+
+def resolved(options, task, device):
+    """The options with what they leave open: where the run lies, its languages, its precision, and the digests by which
+    it knows its data and its model."""
+    files = [Path(options.model, "config.json"), *sorted(Path(options.model).glob("*.safetensors"))]
+    weights = "".join(file_sha256(file) for file in files if file.is_file())
+    return dataclasses.replace(
+        options,
+        out=str(options.directory),
+        languages=sorted(task.dev),
+        precision=options.precision or fast_precision(device),
+        data_sha256=digest_of([task.train, *task.dev.values()]),
+        model_sha256=hashlib.sha256(weights.encode()).hexdigest(),
+    )
+
+
+def digest_of(parts):
+    """The SHA-256, in hexadecimal, of all that there is of several Examples."""
+    digest = hashlib.sha256()
+    for part in parts:
+        for values in part.arrays().values():
+            digest.update(values.tobytes())
+    return digest.hexdigest()
+
+
+def choose_device(name):
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError) as e:
+        raise InputError(f"--device {name}: {str(e).splitlines()[0]}") from e
+    return device
+
+
+def fast_precision(device):
+    """bf16 where the device has instructions for it: elsewhere it is emulated, and slower than float32."""
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    return "bf16" if has_bf16() else "fp32"
+
+
+def new_run(options, tokenizer, task, device):
+    """A Run before its first update. Draws `task`'s few-shot examples."""
+    o = options
+    task.train, task.dev = data.few_shot(task.train, task.dev, o.shots, o.seed, o.source)
+    if o.dev_examples:
+        task.dev = fixed_part(task.dev, o.dev_examples)
+
+    torch.manual_seed(o.seed)
+    dropout = {"hidden_dropout_prob": o.dropout, "attention_probs_dropout_prob": o.attention_dropout}
+    dropout = {name: p for name, p in dropout.items() if p is not None}
+    model = xlmr.load(o.model, task.labels, xlmr.HEADS[o.task], **dropout)
+    model.precision = o.precision
+    check_fit(model.config, tokenizer, task)
+    similar = o.cka_every or o.policy4 == "auto"
+    reference = copy.deepcopy(model.roberta).eval().to(device) if similar else None
+    try:
+        METHODS[o.method].start(model)
+    except ValueError as e:
+        raise InputError(f"--method {o.method}: {e}") from e
+    model.roberta.train_rows(torch.from_numpy(task.train.ids).long().unique())
+    return Run(o, task, model.to(device), reference, device)
+
+
+def check_fit(config, tokenizer, task):
+    """Raises InputError where a model has too few rows for the tokeniser's pieces or for the length of an example."""
+    if tokenizer.vocab_size > config.vocab_size:
+        raise InputError(f"the tokeniser has {tokenizer.vocab_size} pieces and the model a vocab_size of "
+                         f"{config.vocab_size}: they do not belong together")  # fmt: skip
+    sets = [task.train, *task.dev.values(), *(part for test in task.tests.values() for part in test.values())]
+    longest = max(int(part.lengths.max()) for part in sets)
+    room = config.max_position_embeddings - 2
+    if longest > room:
+        raise InputError(f"an example has {longest} pieces, the model positions for {room}: give --max-length {room}")
+
+
+def fixed_part(dev, examples):
+    """So many examples of each dev set, the same in every run: the gap is measured on them while a run trains."""
+    return {
+        language: part.take(np.sort(np.random.default_rng(0).permutation(len(part))[:examples]))
+        for language, part in dev.items()
+    }
+
+
+def finish(run):
+    """Tests the best model and writes result.json; from then on the run is finished."""
+    o = run.options
+    result = {
+        "method": o.method, "seed": o.seed, "shots": o.shots, "settings": o.settings,
+        "dev": run.best,
+        "test": None,
+        **tested(o, run.task, run.device),
+        "best_update": run.best["update"],
+        "updates": run.total,
+        "updates_in_first_phase": run.policies.updates_in_first_phase,
+        "tokens_per_second": round(run.tokens / run.training_seconds, 1),
+        "peak_memory_bytes": peak_memory(run.device),
+        "seconds": round(run.seconds, 1),
+        "device": name_of_device(run.device),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+    }  # fmt: skip
+    write_json(run.out / "result.json", result)
+    (run.out / "checkpoint.pt").unlink(missing_ok=True)
+    if o.discard:
+        shutil.rmtree(run.out / "best")
+    print_scores(result)
+    print(f"{run.out}: finished; {run.policies.updates_in_first_phase} of {run.total} updates were in P1")
+
+
+def peak_memory(device):
+    """The bytes of memory that this process has used at most: the GPU's, or else its own; None where nobody knows."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+
+
+def tested(options, task, device):
+    """{name of a test set: report} of the best model, as far as the task has test sets."""
+    out = options.directory
+    if not task.tests:
+        return {}
+    if not (out / "best").is_dir():
+        raise InputError(f"{out}: its weights were not kept (--discard); remove it to run it again")
+    model = xlmr.load(out / "best", head=xlmr.HEADS[options.task]).to(device)
+    model.precision = options.precision
+    found = {}
+    for name, sets in task.tests.items():
+        said, counts = measured(options, model, sets)
+        write_counts(out, name, counts)
+        found[name] = {**said, "data_sha256": digest_of(sets.values())}
+    return found
+
+
+def test_finished(options, task, device):
+    """Adds to the result of a finished run the test sets that it was not measured on yet."""
+    out = options.directory
+    try:
+        result = json.loads((out / "result.json").read_text(encoding="utf-8"))
+        result["dev"]["scores"]
+        counted = {name for name in task.tests if (out / "examples" / f"{name}.npz").is_file()}
+        task.tests = {name: sets for name, sets in task.tests.items() if not (result.get(name) and name in counted)}
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        what = f"{type(e).__name__}: {e}"
+        raise InputError(f"{out}/result.json: not a run's result ({what}); remove {out} and run it again") from e
+    if task.tests:
+        found = tested(options, task, device)
+        write_json(out / "result.json", result | found)
+        print_scores({"method": options.method, "seed": options.seed, **found})
+    print(f"{out}: this run is finished; its result is in result.json")
