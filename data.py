@@ -17,6 +17,7 @@ import hashlib
 import io
 import json
 import os
+import socket
 import sys
 import tarfile
 from array import array
@@ -43,7 +44,8 @@ def whole_file(path):
     """Yields a temporary path beside `path`, whose file gets its name when the block ends without an error: who reads
     `path` sees all of it or nothing, after a power cut too. Its folder is made if it is not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # runs side by side must not write to the same name
+    # Runs side by side must not write to the same name, nor may those of two machines that share the folder.
+    part = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.part")
     try:
         yield part
         with open(part, "rb+") as file:
@@ -195,6 +197,14 @@ class Examples:
     def lengths(self):
         """Ids of each window, special tokens included: (w,) int64."""
         return np.diff(self.offsets)
+
+    @property
+    def labelled(self):
+        """Labels of each window, the IGNORED ones left out: (w,) int64."""
+        labels = self.labels != IGNORED
+        if self.tagged:
+            return np.add.reduceat(labels, self.offsets[:-1], dtype=np.int64)
+        return labels.reshape(len(self.lengths), -1).sum(1)
 
     @property
     def tagged(self):
@@ -875,12 +885,14 @@ def length_sorted_batches(lengths, tokens):
     return batches
 
 
-def collate(examples, indices):
+def collate(examples, indices, multiple=1):
     """The windows at these places as one batch of torch tensors: input_ids (batch, longest) int64, padded with 1, and
-    labels int64, (batch,), (batch, 2), or, where each id has its own, (batch, longest), padded with IGNORED."""
+    labels int64, (batch,), (batch, 2), or, where each id has its own, (batch, longest), padded with IGNORED. `longest`
+    is rounded up to a multiple of this: fewer shapes, for who does something once a shape."""
     indices = np.asarray(indices, np.int64)
-    lengths = examples.lengths[indices]
-    places = np.arange(lengths.max(initial=0))  # (longest,)
+    lengths = examples.offsets[indices + 1] - examples.offsets[indices]
+    longest = -(-int(lengths.max(initial=0)) // multiple) * multiple
+    places = np.arange(longest)
     real = places < lengths[:, None]  # (batch, longest)
     source = (examples.offsets[indices, None] + places)[real]
     input_ids = np.full(real.shape, PAD, np.int64)

@@ -406,12 +406,27 @@ class SlowFast:
 # --- Adam and its schedule (Appendix B: "the Adam optimizer with warm-up") -----------------------------------------
 
 
+def move(parts, scalars):
+    """Adam's update of lists of tensors, in place. Each of parts: (parameters, gradients, m, v, (beta1, beta2));
+    scalars: the (rate, eps) of each part, numbers or one-element tensors on the parameters' device."""
+    for (params, gradients, m, v, (beta1, beta2)), (rate, eps) in zip(parts, scalars):
+        torch._foreach_lerp_(m, gradients, 1 - beta1)  # m = beta1 m + (1 - beta1) g
+        torch._foreach_mul_(v, beta2)  # v = beta2 v + (1 - beta2) g^2
+        torch._foreach_addcmul_(v, gradients, gradients, 1 - beta2)
+        denominators = torch._foreach_sqrt(v)  # theta = theta - rate m / (sqrt(v) + eps)
+        torch._foreach_add_(denominators, eps)
+        torch._foreach_div_(denominators, rate)
+        torch._foreach_addcdiv_(params, m, denominators, -1)
+
+
 class Adam(torch.optim.Optimizer):
     """Adam (Kingma & Ba 2015, Algorithm 1) without weight decay, all tensors of a group at a time.
 
     Uses the order of computation of their Section 2: the bias corrections go into the rate and eps.
     Raises ValueError for values out of range, RuntimeError for sparse gradients.
     """
+
+    move = staticmethod(move)  # a faster one may stand in for it, such as one that is compiled
 
     def __init__(self, params, lr=5e-6, betas=(0.9, 0.999), eps=1e-8):
         if not lr >= 0 or not eps >= 0 or not all(0 <= beta < 1 for beta in betas):
@@ -424,11 +439,29 @@ class Adam(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        parts, scalars = [], []
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if params:
-                self.update(params, [p.grad for p in params], [self.state_of(p) for p in params], group)
+            beta1, beta2 = group["betas"]
+            for t, lists in self.by_step(group["params"]).items():
+                # m_hat / (sqrt(v_hat) + eps) = m / (sqrt(v) + eps c) * c / (1 - beta1^t), with c = sqrt(1 - beta2^t):
+                # one pass over the weights fewer than with the corrected moments.
+                c = math.sqrt(1 - beta2**t)
+                parts.append((*lists, group["betas"]))
+                scalars.append((float(group["lr"]) * c / (1 - beta1**t), group["eps"] * c))
+        self.move(parts, scalars)
         return loss
+
+    def by_step(self, params):
+        """{t: lists of the parameters whose t-th step this is, of their gradients, m and v}: as a rule one t."""
+        found = {}
+        for p in params:
+            if p.grad is not None:
+                state = self.state_of(p)
+                state["step"] += 1
+                lists = found.setdefault(state["step"], ([], [], [], []))
+                for of_all, of_one in zip(lists, (p, p.grad, state["exp_avg"], state["exp_avg_sq"])):
+                    of_all.append(of_one)
+        return found
 
     def state_of(self, p):
         state = self.state[p]
@@ -439,27 +472,6 @@ class Adam(torch.optim.Optimizer):
             state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
             state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
         return state
-
-    @staticmethod
-    def update(params, gradients, states, group):
-        """theta <- theta - lr * m_hat / (sqrt(v_hat) + eps), for lists of tensors."""
-        beta1, beta2 = group["betas"]
-        for state in states:
-            state["step"] += 1
-        m = [state["exp_avg"] for state in states]
-        v = [state["exp_avg_sq"] for state in states]
-        torch._foreach_lerp_(m, gradients, 1 - beta1)  # m = beta1 m + (1 - beta1) g
-        torch._foreach_mul_(v, beta2)  # v = beta2 v + (1 - beta2) g^2
-        torch._foreach_addcmul_(v, gradients, gradients, 1 - beta2)
-
-        # m_hat / (sqrt(v_hat) + eps) = m / (sqrt(v) + eps c) * c / (1 - beta1^t), with c = sqrt(1 - beta2^t):
-        # one pass over the weights fewer than with the corrected moments.
-        lr = float(group["lr"])
-        c = [math.sqrt(1 - beta2 ** state["step"]) for state in states]
-        rates = [-lr * c_t / (1 - beta1 ** state["step"]) for c_t, state in zip(c, states)]
-        denominators = torch._foreach_sqrt(v)
-        torch._foreach_add_(denominators, [group["eps"] * c_t for c_t in c])
-        torch._foreach_addcdiv_(params, m, denominators, rates)
 
 
 def warmup_then_decay(total_updates, warmup=0.1):
@@ -507,10 +519,11 @@ def update(model, batches, loss, optimizer, policies, clip=1.0):
     return policies.curve.losses[-1]
 
 
-def train(model, updates, loss, optimizer, scheduler, policies, clip=1.0):
+def train(model, updates, loss, optimizer, scheduler, policies, clip=1.0, update=update):
     """The plain training loop, a generator: does an update for each of `updates`, an iterable of lists of
     micro-batches, and yields an `Update` after it. What is done between updates (logging, measuring, saving) is the
-    caller's. For `loss` and `clip` see `update`; the scheduler is any of torch's."""
+    caller's. For `loss` and `clip` see `update`, in whose place a faster one may stand; the scheduler is any of
+    torch's."""
     for batches in updates:
         lr = scheduler.get_last_lr()[0]
         L = update(model, batches, loss, optimizer, policies, clip)

@@ -4,7 +4,7 @@ import signal
 import sys
 
 from data import InputError
-from paper import fetch, grid, options, report, tables
+from paper import fetch, grid, options, ranks, report, tables
 from paper.options import OneLineParser
 from paper.run import start
 
@@ -47,8 +47,13 @@ def command(argv):
 def main(argv=None):
     """The command line; returns the exit status: 0, 2 for bad input, a full disk or a run that diverged, 130 for
     Ctrl-C. Whatever goes wrong is said in one line."""
+    with ranks.joined():
+        return status_of(sys.argv[1:] if argv is None else argv)
+
+
+def status_of(argv):
     try:
-        return command(sys.argv[1:] if argv is None else argv) or 0
+        return command(argv) or 0
     except InputError as e:
         says = e
     except FloatingPointError as e:

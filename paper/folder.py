@@ -1,8 +1,8 @@
 """A run's directory: what lies in it, and whose it is.
 
 settings.json (what the run is), log.jsonl (its curves), checkpoint.pt (where it is), best/ (the best model in Hugging
-Face's layout), examples/ (what each example counts), and, once it is finished, result.json. Each file is whole under
-its name or not there.
+Face's layout), examples/ (what each example counts), lock (empty: who is at the run holds it, and it stays), and, once
+it is finished, result.json. Each file is whole under its name or not there.
 """
 
 import contextlib
@@ -24,6 +24,10 @@ except ImportError:  # Windows has none
 # --- whose it is ---------------------------------------------------------------------------------------------
 
 
+class Taken(InputError):
+    """Another process is at this run, or has just finished it."""
+
+
 def is_finished(out, settings):
     """Whether the run in `out` is finished. Raises InputError if the directory is something else than this run's."""
     file = out / "settings.json"
@@ -37,7 +41,7 @@ def is_finished(out, settings):
             what = ", ".join(f"{name} {there.get(name)} there and {settings.get(name)} here" for name in names[:3])
             raise InputError(f"{out} holds a run of other settings ({what}); give another --out")
         return is_there(out)
-    if out.is_dir() and any(out.iterdir()):
+    if out.is_dir() and any(file.name != "lock" for file in out.iterdir()):
         raise InputError(f"{out} is not empty and not a run's directory; give another --out")
     return False
 
@@ -50,30 +54,50 @@ def is_there(out):
 def is_taken(out):
     """Whether another process is at the run of this directory."""
     try:
-        if out.is_dir():
+        if (out / "lock").is_file():  # who is at a run has made it
             with alone(out):
                 pass
         return False
-    except InputError:
+    except Taken:
         return True
 
 
 @contextlib.contextmanager
 def alone(out):
-    """Locks a directory. The system lets go of the lock when the process ends, however it does. Raises InputError if
-    another process holds it; on a system without such locks (Windows) there is none."""
+    """Locks a directory, for all machines that share it. The system lets go of the lock when the process ends, however
+    it does. Raises Taken if another process holds it, and OSError on a file system that has no locks; on a system
+    without them (Windows) there is none."""
     if fcntl is None:
         yield
         return
-    directory = os.open(out, os.O_RDONLY)
+    lock = locked(out)
     try:
-        try:
-            fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"{out}: another process is at this run; wait for it, or give another --out") from None
+        os.utime(out)  # on NFS: from here on this machine sees what others have just done in the directory
         yield
     finally:
-        os.close(directory)
+        (out / "lock").unlink(missing_ok=True)
+        os.close(lock)
+
+
+def locked(out):
+    """The descriptor of the locked file `lock` in the directory `out`; who lets go of it removes it."""
+    while True:
+        # flock, and not lockf: is_taken closes a descriptor of its own, and with it this process would lose lockf's
+        # lock. NFS has flock for files alone that are open for writing; Lustre where it is mounted with it.
+        lock = os.open(out / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(lock), os.stat(out / "lock")):
+                return lock
+        except FileNotFoundError:
+            pass
+        except BlockingIOError:
+            os.close(lock)
+            raise Taken(f"{out}: another process is at this run; wait for it, or give another --out") from None
+        except OSError as e:
+            os.close(lock)
+            raise OSError(f"{out}: its file system cannot lock files ({e.strerror}); take another for runs") from e
+        os.close(lock)  # another process has removed this file since it was opened
 
 
 def tidy(out):
@@ -104,7 +128,6 @@ def write_log(run, entry):
         log.write((json.dumps(line) + "\n").encode())
         log.truncate()
         run.log_bytes = log.tell()
-    run.losses.clear()
 
 
 def write_json(file, value):

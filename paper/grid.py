@@ -3,7 +3,7 @@
     python -m paper make table6 figure3 --model models/xlm-roberta-base     # runs what they lack, then shows them
 
 Runs are shared: slowfast with seed 1 is one run in all the tables. So is the work: of several processes with the same
-command each takes the runs that no other is at.
+command each takes the runs that no other is at, on one machine or, in a shared folder, on many (grid.slurm).
 """
 
 import shlex
@@ -13,9 +13,9 @@ from pathlib import Path
 
 from data import InputError
 from model import read_config
-from paper import options
+from paper import options, ranks
 from paper.figures import FIGURES, draw
-from paper.folder import is_taken, is_there
+from paper.folder import Taken, is_taken, is_there
 from paper.results import TASK_NAMES, described, read_runs, scored_on, setups_of
 from paper.run import start
 from paper.tables import TITLES, claims_of, paper_table, render, settings_of_table
@@ -101,32 +101,39 @@ def make(args):
     """Runs what the targets lack, then prints the tables and draws the figures. Returns the exit status: 2 if a run
     diverged."""
     runs, failed, elsewhere = planned(args), [], 0
-    lacking = [folder for folder in runs if not is_there(folder)]
+    lacking = ranks.first(lambda: [folder for folder in runs if not is_there(folder)])
     for n, folder in enumerate(lacking, 1):
-        if is_there(folder):  # another process has made it meanwhile
+        there, taken = ranks.first(state_of, folder)
+        if there:  # another process has made it meanwhile
             continue
-        if is_taken(folder):
+        if taken:
             elsewhere += 1
             continue
         print(f"run {n} of {len(lacking)}: {folder}", file=sys.stderr)
         try:
             start(runs[folder])
-        except InputError:
-            if not is_there(folder):  # else another process has made it while this one was still reading its data
-                if not is_taken(folder):
-                    raise
-                elsewhere += 1  # or has taken it
+        except Taken:  # while this process was still reading its data another has taken the run, or even made it
+            elsewhere += not ranks.first(is_there, folder)
         except FloatingPointError as e:  # it says something of its settings, not of the others
             print(f"paper: {folder}: {e}", file=sys.stderr)
             failed.append(folder)
-    made = [folder for folder in runs if is_there(folder)]
-    show(targets_of(args), setups_of(read_runs(made)) if made else [], Path(args.out))
+    ranks.first(show_made, args, runs)
     if elsewhere:
         print(f"paper: another process is at {elsewhere} of these runs; the same command shows them when it is done",
               file=sys.stderr)  # fmt: skip
     if failed:
         print(f"paper: {len(failed)} runs diverged and are not shown: {', '.join(map(str, failed))}", file=sys.stderr)
     return 2 if failed else 0
+
+
+def state_of(folder):
+    """(whether its run is finished, whether another process is at it)"""
+    return is_there(folder), is_taken(folder)
+
+
+def show_made(args, runs):
+    made = [folder for folder in runs if is_there(folder)]
+    show(targets_of(args), setups_of(read_runs(made)) if made else [], Path(args.out))
 
 
 LEGEND = (

@@ -32,11 +32,11 @@ SETUPS = {
     # What a CPU can do: multilingual-e5-small on the official files. One evaluation, at the end: the dev sets of 40
     # languages take longer than all of the training.
     "small": {
-        "xnli": {"lr": 5e-5, "max_updates": 1500, "save_every": 500},
-        "mlqa": {"lr": 5e-5, "max_updates": 1720, "save_every": 500, "attention_dropout": 0.0, "eval_every": 0,
-                 "gap_every": 430, "gap_examples": 50, "tests": "xquad,squad"},
-        "ner": {"lr": 5e-5, "epochs": 1, "save_every": 500, "eval_every": 0, "dev_examples": 1000},
-        "qam": {"lr": 5e-5, "save_every": 500, "source": "de", "languages": "de"},
+        "xnli": {"lr": 5e-5, "max_updates": 1500},
+        "mlqa": {"lr": 5e-5, "max_updates": 1720, "attention_dropout": 0.0, "eval_every": 0, "gap_every": 430,
+                 "gap_examples": 50, "tests": "xquad,squad"},
+        "ner": {"lr": 5e-5, "epochs": 1, "eval_every": 0, "dev_examples": 1000},
+        "qam": {"lr": 5e-5, "source": "de", "languages": "de"},
     },
     # multilingual-e5-small on demo/texts. In question answering the loss falls all the way through so short a run: by
     # the loss rule it would never leave P1.
@@ -166,6 +166,12 @@ class Options:
     device: str = option(None, "cpu, cuda, cuda:1 (default: cuda if there is one)", decides=WAY, group=TRAINING)
     precision: str = option(None, "of the matrix products (default: bf16 where the device is fast at it)", named=False,
                             group=TRAINING, choices=["bf16", "fp32"])
+    replay: bool = option(
+        None, "replay CUDA graphs instead of launching kernels one by one (default: on one GPU; on a CPU the same work "
+        "without graphs)", decides=WAY, group=TRAINING, action=argparse.BooleanOptionalAction)
+    compile: bool = option(
+        None, "fuse the passes of layers and of Adam with torch.compile (default: on a GPU, if there is a C compiler)",
+        decides=WAY, group=TRAINING, action=argparse.BooleanOptionalAction)
 
     eval_every: int = option(None, "updates between evaluations on the dev sets; there is one at the end (paper: 3000)",
                              group=MEASURING, type=whole(0), metavar="N")
@@ -181,10 +187,10 @@ class Options:
         decides=WAY, group=MEASURING, type=whole(0), metavar="N")
     log_every: int = option(100, "updates between lines of log.jsonl (default: 100)", group=MEASURING, type=whole(1),
                             metavar="N")
-    save_every: int = option(1000, "updates between checkpoints, 0 for only where it stops (default: 1000)",
+    save_every: int = option(None, "updates between checkpoints, 0 for only where it stops (default: every 5 minutes)",
                              decides=WAY, group=MEASURING, type=whole(0), metavar="N")
-    eval_tokens: int = option(4096, "tokens in a batch of an evaluation (default: 4096)", decides=WAY, group=MEASURING,
-                              type=whole(1), metavar="N")
+    eval_tokens: int = option(None, "tokens in a batch of an evaluation (default: 4096, on a GPU 65536)", decides=WAY,
+                              group=MEASURING, type=whole(1), metavar="N")
     tests: str = option(
         "test", "test sets at the end, and of a run that is finished (default: test; mlqa has xquad, squad, test-7x7 "
         "and dev-7x7 too)", decides=WAY, group=MEASURING, metavar="LIST")

@@ -6,6 +6,8 @@ import time
 
 import torch
 
+from paper import ranks
+
 
 def print_scores(result):
     for name, r in result.items():
@@ -93,6 +95,7 @@ def duration(seconds):
 
 
 def name_of_device(device):
+    several = f"{ranks.WORLD} x " if ranks.WORLD > 1 else ""
     if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"cpu, {torch.get_num_threads()} threads"
+        return several + torch.cuda.get_device_name(device)
+    return f"{several}cpu, {torch.get_num_threads()} threads"

@@ -2,7 +2,7 @@
 
     python -m paper report runs --out report                                # report/report.md
     python -m paper report results --out results --readme README.md         # make results: results/README.md, and the
-                                                                            # two marked blocks in README.md
+                                                                            # marked blocks in README.md
 Runs are grouped by the folder that they lie in, below the one that is given; its NOTES.md says how they were made.
 """
 
@@ -12,6 +12,7 @@ import textwrap
 from pathlib import Path
 
 from data import InputError, whole_file
+from paper.bench import speed
 from paper.figures import caption_of, draw, shows
 from paper.grid import FIGURES, TITLES, titled
 from paper.methods import METHODS
@@ -45,6 +46,7 @@ def report(args):
     if args.readme:
         setups = [setup for _, of_group in groups.values() for setup in of_group]
         blocks = {"does it work": does_it_work(setups), "demo": demo(setups)}
+        blocks["speed"] = speed(Path(args.runs[0]) / "bench")
         written[Path(args.readme)] = with_blocks(Path(args.readme), blocks)
     out.mkdir(parents=True, exist_ok=True)
     written[page] = "\n".join(page_of(groups, out)).rstrip() + "\n"

@@ -14,6 +14,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import platform
 import shutil
 import signal
@@ -26,9 +27,11 @@ import torch
 import data
 import model as xlmr
 import slowfast
-from data import IGNORED, InputError, collate, epoch_batches, file_sha256
+from data import InputError, collate, epoch_batches, file_sha256
 from eval import MEASURES, count, report, scored, similarity
+from paper import fast, ranks
 from paper.folder import (
+    Taken,
     alone,
     go_on,
     is_finished,
@@ -55,16 +58,19 @@ class Run:
         o = self.options = options
         self.task, self.model, self.reference, self.device = task, model, reference, device
         self.out = o.directory
-        self.batches_per_epoch = math.ceil(len(task.train.lengths) / o.batch_size)
+        self.lengths = task.train.lengths
+        self.batches_per_epoch = math.ceil(len(self.lengths) / o.batch_size)
         self.total = min(o.epochs * self.batches_per_epoch, o.max_updates or math.inf)
         self.method = METHODS[o.method].policies
         self.optimizer = slowfast.Adam(slowfast.param_groups(model), lr=o.lr)
+        self.do_update = fast.update_for(o, model, self.optimizer, device)
         schedule = slowfast.warmup_then_decay(self.total, o.warmup)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, schedule)
         self.policies = slowfast.SlowFast(
             self.optimizer, o.c1, o.c2, o.r, method=self.method, window=o.window, threshold=o.threshold,
             phase=o.phase, fraction=o.fraction, total_updates=self.total, policy4=o.policy4,
         )  # fmt: skip
+        self.labelled = task.train.labelled  # of each window: pairs, tokens, or ends of answers
         self.gap_sets = fixed_part(task.dev, o.gap_examples)
         self.update = 0
         self.recorded = 0  # the update up to which all that was due is recorded
@@ -74,6 +80,7 @@ class Run:
         self.log_bytes = 0
         self.tokens, self.training_seconds = 0, 0.0
         self.began = time.monotonic()  # moved back by the time that earlier sessions took
+        self.saved = time.monotonic()  # when the last checkpoint was written
 
     COUNTS = ("update", "recorded", "best", "gap", "lr", "losses", "log_bytes", "tokens", "training_seconds", "seconds")
 
@@ -110,26 +117,33 @@ class Run:
         run that goes on sees what it would have seen."""
         epoch, place = divmod(update, self.batches_per_epoch)
         if getattr(self, "epoch", None) != epoch:
-            o, lengths = self.options, self.task.train.lengths
-            self.epoch, self.batches = epoch, epoch_batches(lengths, o.batch_size, o.seed, epoch)
+            o = self.options
+            self.epoch, self.batches = epoch, epoch_batches(self.lengths, o.batch_size, o.seed, epoch)
         return self.batches[place]
 
     def updates(self):
-        """Yields the micro-batches of each update that is still to be done: lists of (input_ids, labels, how many
-        labels the whole update has)."""
+        """Yields this rank's micro-batches of each update that is still to be done: lists of (input_ids, labels, how
+        many labels the whole update has, by the rank)."""
         while self.update < self.total:
             indices = self.windows(self.update)
-            size = self.options.micro_batch or len(indices)
-            parts = [collate(self.task.train, indices[i : i + size]) for i in range(0, len(indices), size)]
-            # pairs, tokens, or ends of answers
-            labelled = max(sum(int((labels != IGNORED).sum()) for _, labels in parts), 1)
-            yield [(*(part.to(self.device, non_blocking=True) for part in pair), labelled) for pair in parts]
+            mine, times = ranks.share(indices)
+            size = self.options.micro_batch or len(mine)
+            multiple = 1 if self.do_update is slowfast.update else fast.MULTIPLE
+            parts = [collate(self.task.train, mine[i : i + size], multiple) for i in range(0, len(mine), size)]
+            labelled = max(int(self.labelled[indices].sum()), 1) * times
+            yield [(*pair, torch.tensor(labelled)) for pair in parts]
 
+    def loop(self):
+        """The updates that are still to be done, as slowfast.train does them."""
+        model, updates = ranks.averaging(self.model, self.updates())
+        return slowfast.train(
+            model, updates, self.loss, self.optimizer, self.scheduler, self.policies, self.options.clip, self.do_update
+        )
 
-def loss(model, batch):
-    """A micro-batch's part of the mean cross-entropy over the labels of an update."""
-    input_ids, labels, labelled = batch
-    return model.loss(model(input_ids), labels) / labelled
+    def loss(self, model, batch):
+        """A micro-batch's part of the mean cross-entropy over the labels of an update."""
+        input_ids, labels, labelled = (part.to(self.device, non_blocking=True) for part in batch)
+        return self.model.loss(model(input_ids), labels) / labelled
 
 
 # --- the loop around the updates -----------------------------------------------------------------------------
@@ -137,15 +151,14 @@ def loss(model, batch):
 
 def fit(run, show):
     """Trains to the end, from wherever `run` is. Ctrl-C and SIGTERM leave a checkpoint, and KeyboardInterrupt."""
-    loop = slowfast.train(
-        run.model, run.updates(), loss, run.optimizer, run.scheduler, run.policies, run.options.clip
-    )  # fmt: skip
+    loop = run.loop()
     with Whole() as whole:
         try:
             while True:
                 due = due_at(run)
-                if "checkpoint" in due or "evaluation" in due:
-                    save_checkpoint(run)
+                if "checkpoint" in due or ("evaluation" in due and run.options.save_every is not None):
+                    ranks.first(save_checkpoint, run)
+                    run.saved = time.monotonic()
                 if due - {"checkpoint"}:
                     found = measure(run, due, show)
                     with whole:
@@ -158,7 +171,7 @@ def fit(run, show):
                     one_more(run, loop)
                 show(run)
         except KeyboardInterrupt:
-            save_checkpoint(run)
+            ranks.first(save_checkpoint, run)
             raise
 
 
@@ -167,7 +180,7 @@ def one_more(run, loop):
     began = time.perf_counter()
     done = next(loop)
     run.training_seconds += time.perf_counter() - began
-    run.tokens += int(run.task.train.lengths[run.windows(run.update)].sum())
+    run.tokens += int(run.lengths[run.windows(run.update)].sum())
     run.update += 1
     run.lr = done.lr
     run.losses.append(done.loss)
@@ -175,7 +188,8 @@ def one_more(run, loop):
 
 class Whole:
     """While it is entered, Ctrl-C and SIGTERM raise KeyboardInterrupt, but never in the middle of a block that enters
-    it again: they wait until that is done."""
+    it again: they wait until that is done. One of several ranks waits until then in any case, and they all stop at
+    the end of the same block, whichever of them was told to."""
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -193,16 +207,20 @@ class Whole:
         if self.depth == 0:
             for number, handler in zip(self.SIGNALS, self.handlers):
                 signal.signal(number, handler)
-        if self.stop and error is None:
+        if error is None and ranks.anyone(self.stop):
             raise KeyboardInterrupt
 
     def handle(self, *_):
-        if self.depth == 1:
+        if self.depth == 1 and ranks.WORLD == 1:
             raise KeyboardInterrupt
         self.stop = True
 
 
 # --- what is due after an update -----------------------------------------------------------------------------
+
+
+# By time and not by updates: a GPU does a thousand in 8 seconds, a CPU in half an hour, and XLM-R base's is 2 GB.
+CHECKPOINT_SECONDS = 300
 
 
 def due_at(run):
@@ -214,6 +232,8 @@ def due_at(run):
              "checkpoint": o.save_every}  # fmt: skip
     if o.policy4 == "auto" and reads_c2(run.method):
         every["policy4"] = 100
+    if o.save_every is None and t % 20 == 0 and ranks.anyone(time.monotonic() - run.saved > CHECKPOINT_SECONDS):
+        every["checkpoint"] = 20
     due = {what for what, n in every.items() if n and t % n == 0}
     return due | {"log", "evaluation"} if t == run.total else due
 
@@ -227,8 +247,7 @@ def measure(run, due, show):
     """What is due, measured: (what the line of the log holds besides, (report of the dev sets, counts) or None)."""
     entry, evaluation = {}, None
     if due & {"similarity", "policy4"}:
-        input_ids, _ = collate(run.task.train, run.windows(run.update - 1))
-        entry["cka"] = similarity(run.model, run.reference, input_ids.to(run.device))
+        entry["cka"] = ranks.first(similarity_of, run)
     if "gap" in due:
         found, _ = measured(run.options, run.model, run.gap_sets)
         entry |= {key: found[key] for key in ("scores", "mean", "source", "non_source", "gap")}
@@ -238,10 +257,17 @@ def measure(run, due, show):
     return entry, evaluation
 
 
+def similarity_of(run):
+    """CKA of each layer with the pre-trained model's, on the batch of the update that has just been done."""
+    input_ids, _ = collate(run.task.train, run.windows(run.update - 1))
+    return similarity(run.model, run.reference, input_ids.to(run.device))
+
+
 def measured(options, model, sets):
     """(what eval.report says of a model on {language: Examples}, what it is the sum of)."""
     measure = MEASURES[options.task]
-    counts = count(model, sets, measure, options.eval_tokens)
+    tokens = options.eval_tokens or (65536 if next(model.parameters()).is_cuda else 4096)
+    counts = ranks.counted(count, model, sets, measure, tokens)
     return report(scored(counts, measure), options.source), counts
 
 
@@ -252,16 +278,21 @@ def record(run, due, entry, evaluation):
     if "gap" in due:
         run.gap = entry["gap"]
     if "log" in due or entry:
-        write_log(run, entry)
+        ranks.first(write_log, run, entry)
+        run.losses.clear()
     if evaluation:
         found, counts = evaluation
         # what the best model is best in: the mean over all languages' dev sets, or the source's (Appendix B)
         by = "mean" if run.options.select == "all" else "source"
         if run.best is None or found[by] > run.best[by]:
             run.best = {"update": run.update, **found}
-            write_counts(run.out, "dev", counts)
-            xlmr.save(run.model, run.out / "best", tokenizer=Path(run.options.model, "sentencepiece.bpe.model"))
+            ranks.first(keep_best, run, counts)
     run.recorded = run.update
+
+
+def keep_best(run, counts):
+    write_counts(run.out, "dev", counts)
+    xlmr.save(run.model, run.out / "best", tokenizer=Path(run.options.model, "sentencepiece.bpe.model"))
 
 
 # --- from the start to the end -------------------------------------------------------------------------------
@@ -269,27 +300,49 @@ def record(run, due, entry, evaluation):
 
 def start(options):
     """One run, from its options to its result.json; of a run that is finished, the test sets that it lacks."""
-    tokenizer, task = load_task(options)
-    device = choose_device(options.device)
-    options = resolved(options, task, device)
+    bound_memory()
+    device = ranks.together(choose_device, options.device)
+    tokenizer, task = ranks.in_turn(load_task, options)
+    options = ranks.first(resolved, options, task, device)
     out = options.directory
-    if is_finished(out, options.settings):
-        with alone(out):
-            tidy(out)
+    if ranks.first(is_finished, out, options.settings):
+        with ranks.held(alone(out)):
+            ranks.first(tidy, out)
             test_finished(options, task, device)
         return
-    run = new_run(options, tokenizer, task, device)
+    run = ranks.together(new_run, options, tokenizer, task, device)
     # From here on the directory is the run's (a start that failed before this has left nothing behind).
-    out.mkdir(parents=True, exist_ok=True)
-    with alone(out):
-        if is_finished(out, options.settings):
-            raise InputError(f"{out}: another process has finished this run meanwhile")
-        tidy(out)
-        write_json(out / "settings.json", options.settings)
-        go_on(run)
+    ranks.first(out.mkdir, parents=True, exist_ok=True)
+    with ranks.held(alone(out)):
+        ranks.first(take, out, options.settings)
+        ranks.together(go_on, run)
+        if len(set(ranks.gathered(run.update))) > 1:
+            raise InputError(f"{out}: the machines do not see the same checkpoint there; runs must lie in a folder "
+                             "that they share")  # fmt: skip
+        ranks.draw_apart(options.seed, run.update)
         with Progress(run) as show:
             fit(run, show)
         finish(run)
+
+
+def bound_memory():
+    """For a process before its first update on a CPU: what is kept of matrix products and GELUs, by their shapes.
+
+    oneDNN keeps the code of its last 1,024 primitives, a quarter of a megabyte a kernel, and torch's layer above
+    it as many again. Few return, for the next batch has another length, and lying about the heap they split what is
+    free. 24 are enough for a layer's. Question answering, hidden size 128, windows of 40 to 384, 100 updates in bf16:
+    634 MB at the most, not 1,620, and 20.7 s of processor time, not 22.3. (In float32 with 8: 618 MB, not 840.)
+    """
+    for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(cache, "24")
+
+
+def take(out, settings):
+    """Makes a directory that is held alone a run's."""
+    if is_finished(out, settings):
+        raise Taken(f"{out}: another process has finished this run meanwhile")
+    tidy(out)
+    write_json(out / "settings.json", settings)
 
 
 def load_task(options):
@@ -330,6 +383,7 @@ def digest_of(parts):
 def choose_device(name):
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = ranks.own(device)
         torch.zeros(1, device=device).cpu()
     except (RuntimeError, AssertionError) as e:
         raise InputError(f"--device {name}: {str(e).splitlines()[0]}") from e
@@ -389,12 +443,16 @@ def fixed_part(dev, examples):
 
 def finish(run):
     """Tests the best model and writes result.json; from then on the run is finished."""
+    ranks.first(write_result, run, tested(run.options, run.task, run.device))
+
+
+def write_result(run, tests):
     o = run.options
     result = {
         "method": o.method, "seed": o.seed, "shots": o.shots, "settings": o.settings,
         "dev": run.best,
         "test": None,
-        **tested(o, run.task, run.device),
+        **tests,
         "best_update": run.best["update"],
         "updates": run.total,
         "updates_in_first_phase": run.policies.updates_in_first_phase,
@@ -426,12 +484,12 @@ def tested(options, task, device):
         return {}
     if not (out / "best").is_dir():
         raise InputError(f"{out}: its weights were not kept (--discard); remove it to run it again")
-    model = xlmr.load(out / "best", head=xlmr.HEADS[options.task]).to(device)
+    model = ranks.together(xlmr.load, out / "best", head=xlmr.HEADS[options.task]).to(device)
     model.precision = options.precision
     found = {}
     for name, sets in task.tests.items():
         said, counts = measured(options, model, sets)
-        write_counts(out, name, counts)
+        ranks.first(write_counts, out, name, counts)
         found[name] = {**said, "data_sha256": digest_of(sets.values())}
     return found
 
@@ -449,6 +507,6 @@ def test_finished(options, task, device):
         raise InputError(f"{out}/result.json: not a run's result ({what}); remove {out} and run it again") from e
     if task.tests:
         found = tested(options, task, device)
-        write_json(out / "result.json", result | found)
+        ranks.first(write_json, out / "result.json", result | found)
         print_scores({"method": options.method, "seed": options.seed, **found})
     print(f"{out}: this run is finished; its result is in result.json")

@@ -468,9 +468,10 @@ def test_taking_joining_storing_and_batching_examples_is_that_of_lists(kind, dra
         assert same(data.Examples.from_arrays(dict(file)), examples)
     windows = [window for example in listed for window in example]
     indices = draw.draw(st.lists(st.integers(0, len(windows) - 1), min_size=1, max_size=6))
-    input_ids, labels = data.collate(examples, np.array(indices))
+    multiple = draw.draw(st.integers(1, 8))
+    input_ids, labels = data.collate(examples, np.array(indices), multiple)
     longest = input_ids.shape[1]
-    assert longest == max(len(windows[i][0]) for i in indices)
+    assert longest % multiple == 0 <= longest - max(len(windows[i][0]) for i in indices) < multiple
     assert input_ids.tolist() == [windows[i][0] + [1] * (longest - len(windows[i][0])) for i in indices]
     tags = (lambda tags: tags + [IGNORED] * (longest - len(tags))) if kind == "tags" else lambda label: label
     assert labels.tolist() == [tags(windows[i][1]) for i in indices]
@@ -1019,6 +1020,17 @@ def test_a_whole_file_has_its_name_only_when_it_is_complete(tmp_path):
         part.write_text("tw")
         raise KeyboardInterrupt
     assert path.read_text() == "one" and list(path.parent.iterdir()) == [path]
+
+
+def test_processes_of_one_number_on_two_machines_write_the_same_file(tmp_path, monkeypatch):
+    path = tmp_path / "b.txt"
+    with data.whole_file(path) as ours:
+        ours.write_text("ours")
+        monkeypatch.setattr(data.socket, "gethostname", lambda: "elsewhere")
+        with data.whole_file(path) as theirs:
+            theirs.write_text("theirs")
+        assert path.read_text() == "theirs"
+    assert path.read_text() == "ours" and list(tmp_path.iterdir()) == [path]
 
 
 # --- few-shot ------------------------------------------------------------------------------------------------

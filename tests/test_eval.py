@@ -393,6 +393,22 @@ def test_an_answer_has_at_most_thirty_pieces():
 # --- from logits to what a result says -----------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("kind", [xlmr.SequenceClassifier, xlmr.TokenClassifier])
+def test_languages_are_predicted_as_one_set_and_counted_one_by_one(kind, monkeypatch):
+    random, model, sets = np.random.default_rng(0), network(kind), {}
+    for language, n in (("en", 7), ("de", 1), ("zh", 4)):
+        ids = [[0, *random.integers(4, 60, random.integers(2, 36)).tolist(), 2] for _ in range(n)]
+        sets[language] = Examples.from_lists(ids, [0] * n)
+    seen, predict = [], measure.predict
+    monkeypatch.setattr(measure, "predict", lambda *args: seen.append(args) or predict(*args))
+    of_logits = measure.Measure(lambda logits, examples, language: (language, logits), None)
+    found = measure.count(model, sets, of_logits, tokens=50)
+    assert len(seen) == 1 and list(found) == list(sets)
+    for language, examples in sets.items():
+        assert found[language][0] == language
+        np.testing.assert_allclose(found[language][1], predict(model, examples, 50), rtol=1e-4, atol=1e-5)
+
+
 def test_evaluate_measures_each_language_by_its_own_rules():
     """It hands each set's name to the measure: "der" is an article in German contexts alone. The scores are those of
     what the examples count, which may be drawn from and added up."""

@@ -1,6 +1,5 @@
 """One command a table or figure: which runs there are, that they run, and what several processes make of it."""
 
-import contextlib
 import re
 from types import SimpleNamespace
 
@@ -203,10 +202,10 @@ def test_weights_are_kept_if_it_is_asked_for(where, tmp_path, run_main):
 def hold(start_command):
     """hold(FOLDER): another process that holds the folder's lock, until it is killed."""
     pytest.importorskip("fcntl")
-    code = """import fcntl, os, sys
-fcntl.flock(os.open(sys.argv[1], os.O_RDONLY), fcntl.LOCK_EX)
-print("held", flush=True)
-sys.stdin.read()"""
+    code = """import sys, pathlib, paper.folder
+with paper.folder.alone(pathlib.Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()"""
 
     def start(of_run):
         of_run.mkdir(parents=True, exist_ok=True)
@@ -234,15 +233,16 @@ def table3(where, tmp_path, run_main):
 def test_make_leaves_a_run_to_the_process_that_is_at_it(table3, hold, monkeypatch, just_before):
     """Of two that begin at once both may see that the first run is free, and both read the data: then one locks it."""
     make, folders = table3
-    process, asked = hold(folders["df"]), []
+    process = hold(folders["df"])
     with monkeypatch.context() as patch:
         if just_before:
-            patch.setattr(grid, "is_taken", lambda out: asked.append(out) or (len(asked) > 1 and folder.is_taken(out)))
+            patch.setattr(grid, "is_taken", lambda out: False)
         result, shown = make()
     assert result.status == 0 and result.messages[-1:] == [
         "paper: another process is at 1 of these runs; the same command shows them when it is done"
     ]
-    assert shown["df"] == {"-"} and "-" not in shown["slowfast"] and list(folders["df"].iterdir()) == []
+    assert shown["df"] == {"-"} and "-" not in shown["slowfast"]
+    assert [file.name for file in folders["df"].iterdir()] == ["lock"]
     process.kill()
     process.wait(timeout=60)
     result, shown = make()
@@ -252,21 +252,19 @@ def test_make_leaves_a_run_to_the_process_that_is_at_it(table3, hold, monkeypatc
 def test_make_goes_on_if_another_process_finishes_a_run_just_before_it(table3, monkeypatch):
     """After both have read the data, one of them locks the run and ends it before the other asks for the lock."""
     make, folders = table3
-    real, others = paper.run.alone, []
+    real, begun, others = paper.run.alone, [], []
 
-    @contextlib.contextmanager
     def alone(out):
         if out == folders["df"] and not others:
             others.append(out)
-            (out / "result.json").write_text("{}")
-        with real(out):
-            yield
+            paper.run.start(begun[-1])
+        return real(out)
 
     monkeypatch.setattr(paper.run, "alone", alone)
-    monkeypatch.setattr(grid, "read_runs", lambda made: [run_of({"en": 80.0, "de": 70.0}, task="qam") for _ in made])
-    result, _ = make()
+    monkeypatch.setattr(grid, "start", lambda options: begun.append(options) or paper.run.start(options))
+    result, shown = make()
     assert result.status == 0 and others and result.messages == [], result.err
-    assert folder.is_there(folders["slowfast"])
+    assert len(begun) == 2 and "-" not in shown["df"] | shown["slowfast"]
 
 
 def test_make_goes_on_after_a_run_that_diverges(table3, monkeypatch):

@@ -17,7 +17,14 @@ FILES = {
     for file in [*(ROOT / f"{name}.py" for name in TOP), *ROOT.glob("paper/*.py"), *ROOT.glob("demo/*.py")]
 }
 RUN_TIME = {"torch", "numpy", "sentencepiece", "safetensors"}
-LAZY = {"matplotlib", "scipy", "huggingface_hub", "pooch"}  # and these where they are used, so that a run needs none
+LAZY = {
+    "matplotlib",
+    "scipy",
+    "huggingface_hub",
+    "pooch",
+    "transformers",
+    "accelerate",
+}  # and these where they are used, so that a run needs none
 
 
 @functools.cache

@@ -303,6 +303,31 @@ def test_attention_with_dropout_is_attention_apart_from_the_dropout(monkeypatch)
     assert expected[1].abs().max() > 0.01
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_a_classifier_computes_of_the_last_layer_what_its_head_reads(training):
+    """The state of <s>: logits and gradients are those of a last layer that computes all rows."""
+    torch.manual_seed(0)
+    model = xlmr.SequenceClassifier(xlmr.Config(**TINY, labels=LABELS)).train(training)
+    for part in model.modules():
+        if isinstance(part, xlmr.Dropout):
+            part.p = 0.0
+        elif isinstance(part, xlmr.SelfAttention):
+            part.dropout = 0.0
+    seen, input_ids = [], batch((9, 4, 7))
+    model.roberta.encoder.layer[-1].register_forward_hook(lambda _, __, x: seen.append(x.shape[1]))
+
+    def found():
+        logits = model(input_ids)
+        gradients = torch.autograd.grad(logits.square().sum(), model.parameters())
+        return [logits, *gradients]
+
+    one = found()
+    model.rows = None
+    for ours, expected in zip(one, found(), strict=True):
+        near(ours, expected)
+    assert seen == [1, 9] and one[1].abs().max() > 0
+
+
 # --- files: from transformers and to it ----------------------------------------------------------------------
 
 

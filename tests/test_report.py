@@ -11,9 +11,9 @@ from paper import report
 
 ROOT = Path(__file__).resolve().parent.parent
 BEFORE, BETWEEN, AFTER = "# Title\n\nText with `code`.\n\n", "\n\n## The demo\n\n", "\n\n## Licence\n\nNone.\n"
-MARKS = [f"<!-- {text} -->" for name in ("does it work", "demo")
+MARKS = [f"<!-- {text} -->" for name in ("does it work", "demo", "speed")
          for text in (f"{name}: written by make results", f"end of {name}")]  # fmt: skip
-EMPTY = f"{BEFORE}{MARKS[0]}\n{MARKS[1]}{BETWEEN}{MARKS[2]}\nold\n{MARKS[3]}{AFTER}"
+EMPTY = f"{BEFORE}{MARKS[0]}\n{MARKS[1]}{BETWEEN}{MARKS[2]}\nold\n{MARKS[3]}\n{MARKS[4]}\n{MARKS[5]}{AFTER}"
 
 
 def markdown_tables(text):
@@ -131,9 +131,12 @@ def test_the_blocks_of_the_readme(results, tmp_path, run_main, readme, undrawn):
     """Between their marks, and the page beside the runs; written again, nothing changes."""
     command = ["report", results, "--out", results, "--readme", readme]
     assert run_main(*command).status == 0
-    text, page = readme.read_text(), (results / "README.md").read_text()
-    assert text.startswith(f"{BEFORE}{MARKS[0]}\n") and text.endswith(f"\n{MARKS[3]}{AFTER}")
-    work, _, demo = text.removeprefix(BEFORE).removesuffix(AFTER).partition(BETWEEN)
+    whole = text = readme.read_text()
+    page = (results / "README.md").read_text()
+    assert text.startswith(f"{BEFORE}{MARKS[0]}\n") and text.endswith(f"\n{MARKS[5]}{AFTER}")
+    text, _, speed = text.removesuffix(AFTER).partition(f"\n{MARKS[4]}\n")
+    assert speed == f"\nNothing was measured yet: `make bench`.\n\n{MARKS[5]}"
+    work, _, demo = text.removeprefix(BEFORE).partition(BETWEEN)
     assert work.splitlines()[-1] == MARKS[1] and demo.splitlines()[0] == MARKS[2] and "\nold\n" not in demo
     header, *rows = markdown_tables(work)[0]
     assert header == "task|paper df|slowfast|ours: df|slowfast|gap: df|slowfast|Δ mean|Δ gap|seeds".split("|")
@@ -150,10 +153,10 @@ def test_the_blocks_of_the_readme(results, tmp_path, run_main, readme, undrawn):
         "mean +6.0 [6.0, 6.0], gap +0.0 [0.0, 0.0] (95 %, over 2 seeds)"
     )
     assert max(map(len, text.splitlines())) <= 120
-    assert run_main(*command).status == 0 and (readme.read_text(), (results / "README.md").read_text()) == (text, page)
+    assert run_main(*command).status == 0 and (readme.read_text(), (results / "README.md").read_text()) == (whole, page)
 
 
-@pytest.mark.parametrize("i", range(4))
+@pytest.mark.parametrize("i", range(6))
 def test_a_readme_without_a_mark_stays_as_it_is(results, tmp_path, run_main, readme, i):
     text = EMPTY.replace(MARKS[i], "")
     readme.write_text(text)

@@ -4,6 +4,8 @@ directories, disks and losses that are not as they should be."""
 import collections
 import contextlib
 import csv
+import errno
+import fcntl
 import itertools
 import json
 import os
@@ -30,6 +32,7 @@ import paper.folder
 import paper.progress
 import paper.run
 import slowfast
+from paper import fast
 from paper.__main__ import main
 
 CELLS = ["S_I-S_II", "S_II", "V_I-V_II", "V_II", "rest"]
@@ -592,7 +595,7 @@ PLACES = {
     "in an update that an evaluation follows": (slowfast, "update", 8, AFTER, (8, 7)),
     "in the last update": (slowfast, "update", 26, BEFORE, (26, 25)),
     "while the gap is measured": (paper.run, "count", 1, AFTER, (7, 6)),
-    "in the midst of an evaluation": (measure, "predict", 5, BEFORE, (8, 7)),
+    "in the midst of an evaluation": (measure, "predict", 2, BEFORE, (8, 7)),
     "while a similarity is recorded": (slowfast.SlowFast, "observe_similarity", 4, AFTER, (8, 8)),
     "while the log is written": (paper.run, "write_log", 7, AFTER, (8, 8)),
     "while the best model is saved": (xlmr, "write_weights", 1, AFTER, (8, 8)),
@@ -637,6 +640,21 @@ def test_a_second_ctrl_c_while_the_checkpoint_of_the_first_is_written(session, t
         assert session().status == 130
     assert set(contents(tmp_path / "run")) == {"settings.json", "log.jsonl"}  # no half of a checkpoint
     assert session().status == 0 and outcome(tmp_path / "run") == undisturbed
+
+
+def test_replayed_updates_are_the_plain_ones_and_go_on_where_they_were_stopped(train, tmp_path):
+    """On a CPU the work that graphs replay, without graphs. Without dropout a run is the plain one; with it, one that
+    is stopped, and has its buffers made anew, draws the same random numbers as one that is not."""
+    for name, options in {"plain": [], "replayed": ["--replay"]}.items():
+        assert train("xnli", *options, "--dropout", "0", "--attention-dropout", "0", out=tmp_path / name).status == 0
+    plain, replayed = (read_log(tmp_path / name) for name in ("plain", "replayed"))
+    assert [line["phase"] for line in plain] == [line["phase"] for line in replayed]
+    np.testing.assert_allclose([x["loss"] for x in replayed], [x["loss"] for x in plain], rtol=1e-4)
+    assert train("xnli", "--replay", out=tmp_path / "whole").status == 0
+    with at(fast.Replay, "__call__", 12, ctrl_c):
+        assert train("xnli", "--replay", out=tmp_path / "stopped").status == 130
+    assert train("xnli", "--replay", out=tmp_path / "stopped").status == 0
+    assert outcome(tmp_path / "stopped") == outcome(tmp_path / "whole")
 
 
 def test_lines_of_the_log_behind_the_checkpoint_are_gone(session, tmp_path):
@@ -747,8 +765,8 @@ def test_a_log_that_lost_its_end(session, tmp_path, lose):
 
 
 def test_a_run_that_another_process_is_at(train, tmp_path):
-    """While it trains, and while a finished one is measured on more. (The lock is of the open directory: a second
-    command in this process is as good as one in another.)"""
+    """While it trains, and while a finished one is measured on more. (The lock is of the open file: a second command in
+    this process is as good as one in another.)"""
     out, refusals = tmp_path / "run", []
 
     def another():
@@ -762,6 +780,31 @@ def test_a_run_that_another_process_is_at(train, tmp_path):
     assert not paper.folder.is_taken(out) and not paper.folder.is_taken(tmp_path / "none")
 
 
+def test_runs_in_a_folder_that_machines_share(train, tmp_path, monkeypatch):
+    """On NFS only what is open for writing can be locked (flock(2)); without locks there is no run."""
+    flock = fcntl.flock
+
+    def of_nfs(descriptor, operation):
+        if not fcntl.fcntl(descriptor, fcntl.F_GETFL) & (os.O_WRONLY | os.O_RDWR):
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", of_nfs)
+    asked = []
+    with at(slowfast, "update", 2, lambda: asked.append([paper.folder.is_taken(tmp_path / "run") for _ in "ab"])):
+        assert train("xnli", *SHORT).status == 0
+    assert asked == [[True, True]] and not paper.folder.is_taken(tmp_path / "run")
+
+    def none(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    refused(train("xnli", *SHORT, out=tmp_path / "other"), tmp_path / "other", "cannot lock files (Function not")
+    assert contents(tmp_path / "other") == {"lock": b""}
+    with pytest.raises(OSError, match="cannot lock files"):
+        paper.folder.is_taken(tmp_path / "other")  # nobody knows: `make` does not pass it over in silence
+
+
 def test_a_run_that_another_process_finishes_while_this_one_reads_its_data(train, tmp_path):
     other = ["xnli", *SHORT, "--no-test"]
     with at(paper.run, "new_run", 1, lambda: train(*other)):
@@ -769,6 +812,17 @@ def test_a_run_that_another_process_finishes_while_this_one_reads_its_data(train
     with at(paper.run, "new_run", 1, lambda: train(*other, "--lr", "1", out=tmp_path / "other")):
         refused(train(*other, out=tmp_path / "other"), "other settings")
     assert read_result(tmp_path / "other")["settings"]["lr"] == 1
+
+
+def test_a_run_bounds_what_is_kept_of_matrix_products(train, monkeypatch):
+    """Before the first of them, where oneDNN and torch look; what somebody has set himself stays."""
+    names = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+    monkeypatch.delenv(names[0], raising=False)
+    monkeypatch.setenv(names[1], "7")
+    found = []
+    with at(paper.run, "load_task", 1, lambda: found.append([os.environ.get(name) for name in names])):
+        assert train("xnli", *SHORT).status == 0
+    assert found == [["24", "7"]]
 
 
 # --- finished runs -------------------------------------------------------------------------------------------
