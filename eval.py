@@ -234,9 +234,7 @@ def count(model, sets, measure, tokens=4096):
     the time that the gap takes."""
     joined = Examples.concat(list(sets.values()))
     logits = predict(model, joined, tokens)
-    of_each_id = len(logits) == len(
-        joined.ids
-    )  # or of each window, of which there are fewer: one has two special tokens
+    of_each_id = len(logits) == len(joined.ids)  # or of each window: these are fewer, for each has several ids
     ends = np.cumsum([len(part.ids if of_each_id else part.lengths) for part in sets.values()])
     return {
         language: measure.counts(of_set, examples, language)
