@@ -66,10 +66,13 @@ class Run:
         self.do_update = fast.update_for(o, model, self.optimizer, device)
         schedule = slowfast.warmup_then_decay(self.total, o.warmup)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, schedule)
-        self.policies = slowfast.SlowFast(
-            self.optimizer, o.c1, o.c2, o.r, method=self.method, window=o.window, threshold=o.threshold,
-            phase=o.phase, fraction=o.fraction, total_updates=self.total, policy4=o.policy4,
-        )  # fmt: skip
+        try:
+            self.policies = slowfast.SlowFast(
+                self.optimizer, o.c1, o.c2, o.r, method=self.method, window=o.window, threshold=o.threshold,
+                phase=o.phase, fraction=o.fraction, total_updates=self.total, policy4=o.policy4,
+            )  # fmt: skip
+        except ValueError as e:  # a model of few layers has none for some sets
+            raise InputError(f"--method {o.method}: {e}") from e
         self.labelled = task.train.labelled  # of each window: pairs, tokens, or ends of answers
         self.gap_sets = fixed_part(task.dev, o.gap_examples)
         self.update = 0

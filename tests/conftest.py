@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT))
 # What `make check` leaves out (pytest -m "not slow"), by file or by the name of the test.
 SLOW = (
     "test_bench.py", "test_e5.py", "test_fetch.py", "test_figures.py", "test_grid.py", "test_main.py", "test_ranks.py",
-    "test_run.py",
+    "test_run.py", "test_watch.py::test_ranks", "test_the_trainer", "that_is_resumed", "test_lightning",
     "test_alone_", "compiled]",
     "test_adam_agrees_with_torchs_over_350_updates", "test_ranks_average_their_losses", "test_the_losses_of_a_run_are",
     "test_train_is_transformers_and_torchs_adam", "[base]", "from_the_command_line", "xnli_tokenises_like_hugging_face",

@@ -418,14 +418,16 @@ def test_what_is_due():
 # --- the options ---------------------------------------------------------------------------------------------
 
 
-def test_a_method_is_begun_and_its_policies_are_in_force(train, tmp_path, small_model):
+def test_a_method_is_begun_and_its_policies_are_in_force(train, tmp_path, small_model, tiny_model):
     train("xnli", *SHORT, "--method", "reinit-layer-1", "--lr", "0", "--no-test")
     before, after = load_file(small_model / "model.safetensors"), load_file(tmp_path / "run/best/model.safetensors")
     encoder = [name for name in after if name.startswith("roberta.")]
     assert [x for x in encoder if not torch.equal(before[x], after[x])] == [x for x in encoder if "layer.1." in x]
-    train("xnli", *SHORT, "--method", "enlarge-2-ffn", "--no-test", out=tmp_path / "enlarged")
+    enlarged = ("--method", "enlarge-2-ffn")
+    train("xnli", *SHORT, *enlarged, "--no-test", "--model", tiny_model, out=tmp_path / "enlarged")
     (line,) = read_log(tmp_path / "enlarged")
     assert line["K"] == {cell: 10 if cell == "V_I-V_II" else 1 for cell in CELLS}
+    refused(train("xnli", *enlarged, out=tmp_path / "none"), "--method enlarge-2-ffn", "V_I-V_II")
     refused(train("xnli", "--method", "freeze-layer-2", out=tmp_path / "none"), "--method freeze-layer-2", "0-1")
 
 
