@@ -10,6 +10,7 @@
 # make small    what results/small was made with: the small model on the official files, on a CPU
 # make results  writes results/README.md, and the README's tables, from the runs in results/
 # make bench    our training loop against Hugging Face's Trainer, on this machine: results/bench; QUICK=1: 3 minutes
+# make soak     the promises of README.md, tried for ten minutes on 2 cores: results/soak.json; QUICK=1, SEED=n
 # make clean    remove what can be made again: .venv, cache, runs/demo, runs/check, report (models, data and other runs stay)
 
 PYTHON  ?= python3
@@ -32,8 +33,30 @@ RUN       := .venv/bin/python
 PAPER     := $(RUN) -m paper
 E5        := models/multilingual-e5-small
 
-.PHONY: demo test check $(ALL_TASKS) $(TABLES) $(FIGURES) plan report check-targets small results bench clean
+OPTIONS    = --setup $(SETUP) --model $(MODEL) --data $(DATA) --seeds $(SEEDS) --tasks $(TASKS) --args="$(ARGS)"
+
+.PHONY: demo test check $(ALL_TASKS) $(TABLES) $(FIGURES) plan report check-targets small results bench soak clean
 .SECONDARY:
+
+# --- what the command line gets wrong: said before anything is installed or downloaded ---
+
+GOALS   := $(or $(MAKECMDGOALS),demo)
+MODELS  := models/xlm-roberta-base models/xlm-roberta-large $(E5)
+
+$(foreach name,METHODS SEEDS TASKS TARGETS,$(if $(strip $($(name))),,$(error $(name) is empty)))
+
+# $(call check,target,the command that it is going to give)
+check = $(if $(filter $(1),$(GOALS)),$(eval said := $$(shell $(or $(wildcard $(RUN)),$(PYTHON)) -m paper.arguments $(2) 2>&1))$(if $(said),$(error $(said))))
+$(call check,demo,run $(TASK) --setup demo --model $(E5) $(ARGS))
+$(foreach task,$(ALL_TASKS),$(call check,$(task),run $(task) $(addprefix --method ,$(METHODS)) $(addprefix --seed ,$(SEEDS)) \
+	--setup $(SETUP) --model $(MODEL) --data $(DATA) --shots $(SHOTS) $(ARGS)))
+$(foreach target,$(TABLES) $(FIGURES),$(call check,$(target),make $(target) $(OPTIONS)))
+$(call check,plan,plan $(TARGETS) $(OPTIONS))
+
+ifneq ($(filter $(ALL_TASKS) $(TABLES) $(FIGURES) plan,$(GOALS)),)
+$(if $(or $(filter $(MODELS),$(MODEL)),$(wildcard $(MODEL)/model.safetensors)),,\
+	$(error MODEL=$(MODEL): no model.safetensors is in it, and what can be fetched are $(MODELS)))
+endif
 
 # --- what the others need ---
 
@@ -91,7 +114,7 @@ demo-%: .venv/run $(E5)/model.safetensors
 # --- make test, make check ---
 
 test: .venv/dev
-	$(RUN) -m pytest -q tests
+	$(RUN) -m pytest -q -n 2 --dist worksteal tests
 
 check: .venv/dev
 	.venv/bin/ruff format --check .
@@ -114,8 +137,6 @@ endef
 $(foreach task,$(ALL_TASKS),$(eval $(call task_table,$(task))))
 
 # --- make table1 ..., figure1 ..., plan, report: tables share runs; of a target only TASKS are run ---
-
-OPTIONS = --setup $(SETUP) --model $(MODEL) --data $(DATA) --seeds $(SEEDS) --tasks $(TASKS) --args="$(ARGS)"
 
 # which tasks a target is about
 $(foreach target,$(addprefix table,1 2 4 5 6 8) $(addprefix figure,2 3 4 6),$(eval needs_$(target) := xnli mlqa ner))
@@ -160,6 +181,9 @@ results: .venv/figures
 
 bench: .venv/dev $(E5)/model.safetensors
 	$(RUN) -m paper.bench $(if $(QUICK),--quick) $(ARGS)
+
+soak: .venv/dev
+	$(RUN) tests/soak.py $(if $(QUICK),--quick) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
 clean:
 	rm -rf .venv cache runs/demo runs/check report .pytest_cache .ruff_cache .hypothesis

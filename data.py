@@ -11,6 +11,7 @@ readers of the official files, the four tasks, and last the batches. Whatever is
 `InputError` with one line fit for the user.
 """
 
+import base64
 import contextlib
 import gzip
 import hashlib
@@ -18,8 +19,10 @@ import io
 import json
 import os
 import socket
+import stat
 import sys
 import tarfile
+import zipfile
 from array import array
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +39,8 @@ class InputError(ValueError):
     """
 
     def __init__(self, message):
-        super().__init__(" ".join(message.splitlines()))  # what it quotes from a file may hold line ends
+        line = " ".join(message.splitlines())  # what it quotes, a file or a library's words, may be of any length
+        super().__init__(line if len(line) <= 2000 else f"{line[:1400]} ... {line[-500:]}")
 
 
 @contextlib.contextmanager
@@ -44,6 +48,7 @@ def whole_file(path):
     """Yields a temporary path beside `path`, whose file gets its name when the block ends without an error: who reads
     `path` sees all of it or nothing, after a power cut too. Its folder is made if it is not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    remove_parts(path.parent)
     # Runs side by side must not write to the same name, nor may those of two machines that share the folder.
     part = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.part")
     try:
@@ -53,6 +58,62 @@ def whole_file(path):
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+# A file's content decides how much memory it takes to read. The bounds: several times what any official file has.
+MOST_FILE = 1 << 29  # bytes of a file: MultiNLI in one language has up to 200 million
+MOST_TEXT = 100_000  # characters of one text, and of a token: MLQA's longest context has 13,000
+MOST_UNPACKED = 1 << 26  # bytes of an archive of WikiAnn, unpacked: the largest has 16 million
+MOST_MEMBERS = 100  # of such an archive: there are three
+MOST_PIECES = 1 << 27  # in all windows of a file: SQuAD's have 34 million
+MOST_ARRAYS = 1 << 31  # bytes of a .npz file, unpacked: SQuAD's tokenised ones are 300 million
+MOST_MODEL_FILE = 1 << 26  # bytes of a model's small files: XLM-R's sentencepiece.bpe.model has 5 million
+
+
+def read_json(path, get):
+    """What a small JSON file says, as parse_json does; `get` is how to come by a good one."""
+    return parse_json(_read_bytes(path, get, MOST_MODEL_FILE), path, f"remove it, then {get}")
+
+
+def parse_json(content, where, again):
+    """What JSON (bytes) says. Raises InputError, which says `where` it stands and what to do (`again`), also for what
+    Python's parser takes: a name that stands twice, NaN and infinity, an integer of more than 64 bits."""
+    try:
+        return json.loads(_text(content, where, again), object_pairs_hook=_named)
+    except json.JSONDecodeError as error:
+        what = f"not whole JSON ({error.msg})"
+        if error.msg == "Extra data":
+            what = "a second JSON value, where there is to be one (JSON Lines are not read)"
+        raise InputError(f"{where}, line {error.lineno}: {what}: {again}") from None
+    except InputError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: not JSON as it should be ({error}): {again}") from None
+
+
+def _named(pairs):
+    found = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"{name[:40]} stands there twice")
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, (int, float)) and not -(2**63) <= number < 2**64:  # nor NaN, which is nowhere
+                raise ValueError(f"{name[:40]} is {str(number)[:20]}")
+        found[name] = value
+    return found
+
+
+def remove_parts(folder):
+    """Removes what processes of this machine that were killed have left of whole_file in a folder."""
+    if os.name == "nt":  # where os.kill ends whom it only asks for elsewhere
+        return
+    here = f".{socket.gethostname()}."
+    for part in folder.glob(f"*{here}*.part"):
+        with contextlib.suppress(OSError, ValueError, OverflowError):  # the process lives, or it was another machine's
+            try:
+                os.kill(int(part.stem.rpartition(here)[2]), 0)
+            except ProcessLookupError:
+                part.unlink()
 
 
 # --- the tokeniser -------------------------------------------------------------------------------------------
@@ -75,13 +136,15 @@ class Tokenizer:
         if path.is_dir():
             path = path / "sentencepiece.bpe.model"
         get = f"`python -m paper fetch xlm-roberta-base` fetches it, or take it from {XLMR_URL}-base"
-        model = _read_bytes(path, get)
-        self.fingerprint = hashlib.sha256(model).hexdigest()
+        model = _read_bytes(path, get, MOST_MODEL_FILE)
+        self._content, self.fingerprint = model, hashlib.sha256(model).hexdigest()
+        what = "remove it and fetch it again" if path.name == "sentencepiece.bpe.model" else "give a model's folder"
+        self._not_whole = f"{path} is not a whole SentencePiece model: {what}"
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=model)
-            first = [self._model.id_to_piece(i) for i in range(3)]
-        except (RuntimeError, OSError, IndexError, TypeError) as error:
-            raise InputError(f"{path} is not a whole SentencePiece model: remove it and fetch it again") from error
+            first = self._model.id_to_piece([*range(self._model.get_piece_size())])[:3]  # of all: each is a text
+        except (RuntimeError, OSError, IndexError, TypeError, UnicodeDecodeError) as error:
+            raise InputError(self._not_whole) from error
         if first != ["<unk>", "<s>", "</s>"]:
             raise InputError(f"{path} is not XLM-R's: it begins with {' '.join(first)}, not <unk> <s> </s>")
         self.vocab_size = self._model.get_piece_size() + 2  # <pad> and <mask> are not in the file
@@ -106,8 +169,11 @@ class Tokenizer:
         character that becomes several (a ligature) belongs whole to every piece that holds a part of it, and so do
         several that become one (a letter and its combining marks). A lone "▁" stands for no character: begin == end.
         """
-        normalized, offsets = self._model.normalize(text, with_offsets=True)
-        pieces = self._model.encode(text, out_type=str)
+        try:
+            normalized, offsets = self._model.normalize(text, with_offsets=True)
+            pieces = self._model.encode(text, out_type=str)
+        except UnicodeDecodeError as error:  # its table of characters is damaged
+            raise InputError(self._not_whole) from error
         assert "".join(pieces) == normalized  # SentencePiece cuts the normalised text, and offsets lead back from there
         offsets = np.asarray(offsets, np.int64)  # of each normalised character, and of the end; it never falls
         lengths = np.array([len(piece) for piece in pieces], np.int64)
@@ -118,6 +184,57 @@ class Tokenizer:
         end = offsets[np.minimum(np.searchsorted(offsets, last, side="right"), len(offsets) - 1)]
         spans = np.stack([begin, np.where(space & (lengths == 1), begin, end)], axis=1).astype(np.int32)
         return self.encode(text), spans
+
+    def files(self, max_length):
+        """{file name: bytes} of this tokeniser for a model's folder: what AutoTokenizer.from_pretrained makes the same
+        ids with, without SentencePiece, and, last, SentencePiece's own. `max_length` is the model's."""
+        special = {"<s>": BOS, "<pad>": PAD, "</s>": EOS, "<unk>": UNK, "<mask>": self.vocab_size - 1}
+        first, last = ([[name, 0.0] for name in names] for names in ([*special][:4], [*special][4:]))
+        pieces = [[self._model.id_to_piece(i), self._model.get_score(i)] for i in range(3, self.vocab_size - 2)]
+        flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+        spec = _protobuf(_protobuf(self._content).get(3, b""))  # normalizer_spec; its second is precompiled_charsmap
+        space = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
+        characters = base64.b64encode(spec.get(2, b"")).decode()
+        normal = [{"type": "Precompiled", "precompiled_charsmap": characters}] if characters else []
+        for pattern, content in (("^ +| +$", ""), (" {2,}", " ")):  # SentencePiece's remove_extra_whitespaces
+            normal.append({"type": "Replace", "pattern": {"Regex": pattern}, "content": content})
+        tokenizer = {
+            "version": "1.0",
+            "added_tokens": [{"id": i, "content": name, **flags} for name, i in special.items()],
+            "normalizer": {"type": "Sequence", "normalizers": normal},
+            "pre_tokenizer": space, "decoder": space,
+            "post_processor": {"type": "RobertaProcessing", "cls": ["<s>", BOS], "sep": ["</s>", EOS],
+                               "trim_offsets": True, "add_prefix_space": True},
+            "model": {"type": "Unigram", "unk_id": UNK, "vocab": first + pieces + last},
+        }  # fmt: skip
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_length,
+                  "model_input_names": ["input_ids", "attention_mask"], "bos_token": "<s>", "cls_token": "<s>",
+                  "eos_token": "</s>", "sep_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>",
+                  "mask_token": "<mask>"}  # fmt: skip
+        files = {"tokenizer.json": tokenizer, "tokenizer_config.json": config}
+        files = {name: json.dumps(file, ensure_ascii=False).encode() for name, file in files.items()}
+        return {**files, "sentencepiece.bpe.model": self._content}
+
+
+def _protobuf(message):
+    """{number of a field: its last value} of those fields of a protobuf message that are not numbers."""
+    found, at = {}, 0
+    while at < len(message):
+        tag, at = _varint(message, at)
+        size = {1: 8, 5: 4}.get(tag & 7)
+        if size is None:  # a number, or the length of what follows
+            size, at = _varint(message, at)
+        if tag & 7:
+            found[tag >> 3], at = message[at : at + size], at + size
+    return found
+
+
+def _varint(message, at):
+    """(a number in protobuf's form, seven bits a byte; the place behind it)."""
+    value = shift = 0
+    while message[at] > 127:
+        value, shift, at = value | (message[at] & 127) << shift, shift + 7, at + 1
+    return value | message[at] << shift, at + 1
 
 
 def join_pair(a, b, max_length):
@@ -234,6 +351,8 @@ class Examples:
         if "texts" in arrays:
             arrays = {**arrays, "texts": json.loads(arrays["texts"].tobytes())}
         examples = cls(**arrays)
+        if any(bounds[0] or (np.diff(bounds) < 0).any() for bounds in (examples.offsets, examples.first)):
+            raise ValueError("the bounds of its ranges do not rise from 0")
         fits = len(examples.ids) == examples.offsets[-1] and len(examples.offsets) - 1 == examples.first[-1]
         if not fits or len(examples.labels) not in (len(examples.ids), len(examples.offsets) - 1):
             raise ValueError("the arrays do not fit together")
@@ -313,6 +432,8 @@ def tokenize_questions(questions, tokenizer, max_length, stride, max_question):
                 f"its context's {len(ids)}, fewer than the stride of {stride}: give a larger --max-length or a smaller "
                 "--stride"
             )
+        if len(windows) * max_length > MOST_PIECES:
+            raise InputError(f"question {question.id}: more windows than memory is meant for; give a larger --stride")
         begins = range(0, max(len(ids) - room, 0) + stride, stride)
         head = [BOS, *q, EOS, EOS]
         for begin in begins:
@@ -345,15 +466,18 @@ def _answer_places(question, characters, part, head):
 # csv module nor str.splitlines will do.
 
 SOURCE = "en"  # the language of the training set, unless another is asked for
+_FETCHES = "`python -m paper fetch {}` (--data DIR, where it is not data) fetches it, or "
 
 XNLI_URL = "https://dl.fbaipublicfiles.com/XNLI"
+_GET_XNLI = f"{_FETCHES.format('xnli')}unpack {XNLI_URL}/XNLI-1.0.zip into the data folder"
 NLI_LABELS = ("entailment", "neutral", "contradiction")  # a label's id is its place here
 _LABEL_IDS = {label: i for i, label in enumerate(NLI_LABELS)} | {"contradictory": 2}  # MultiNLI's file says this
 
 
 def read_multinli(path):
     """XNLI-MT-1.0/multinli/multinli.train.en.tsv: a list of (premise, hypothesis, label id)."""
-    get = f"`make xnli` fetches it, or unpack {XNLI_URL}/XNLI-MT-1.0.zip into the data folder"
+    fetches = _FETCHES.format("xnli") if Path(path).name == "multinli.train.en.tsv" else ""  # not the translated ones
+    get = f"{fetches}unpack {XNLI_URL}/XNLI-MT-1.0.zip into the data folder"
     rows = _read_tsv(path, ("premise", "hypo", "label"), get)
     return [(premise, hypothesis, _nli_label(label, where, get)) for where, (premise, hypothesis, label) in rows]
 
@@ -363,7 +487,7 @@ def read_xnli(path):
 
     XNLI is parallel: a language with fewer pairs than another means that the file was cut, and raises InputError.
     """
-    get = f"`make xnli` fetches it, or unpack {XNLI_URL}/XNLI-1.0.zip into the data folder"
+    get = _GET_XNLI
     no_label = "this looks like XTREME's copy, whose test labels are removed: use the official XNLI-1.0.zip"
     pairs = {}
     for where, row in _read_tsv(path, ("language", "sentence1", "sentence2", "gold_label"), get):
@@ -373,13 +497,14 @@ def read_xnli(path):
     if len(set(counts.values())) > 1:
         few, many = min(counts, key=counts.get), max(counts, key=counts.get)
         raise InputError(
-            f"{path}: {few} has {counts[few]} pairs and {many} {counts[many]}, but XNLI is parallel: "
+            f"{path}: {few[:40]} has {counts[few]} pairs and {many[:40]} {counts[many]}, but XNLI is parallel: "
             f"the file is cut short or was changed; remove it, then {get}"
         )
     return dict(sorted(pairs.items()))
 
 
 def _nli_label(label, where, get):
+    label = label.strip(" ")
     if label in ("", "-"):
         raise InputError(f"{where}: no label; {get}")
     if label not in _LABEL_IDS:
@@ -387,6 +512,7 @@ def _nli_label(label, where, get):
     return _LABEL_IDS[label]
 
 
+QAM_LANGUAGES = ("de", "en", "fr")
 QAM_LABELS = ("0", "1")  # whether the passage answers the question
 # Its server answers 409: the archive is gone, so no command fetches it.
 GET_QAM = (
@@ -404,7 +530,7 @@ def read_qam(path):
             raise InputError(f"{where}: no label: this looks like a copy whose test labels are removed; {get}")
         if len(values) != 3:
             raise InputError(f"{where}: {len(values)} columns where question, passage and label should be; {get}")
-        question, passage, label = values
+        question, passage, label = values[0], values[1], values[2].strip(" ")
         if not question.strip() or not passage.strip():
             raise InputError(
                 f"{where}: the {'passage' if question.strip() else 'question'} is empty; mend it, or {get}"
@@ -418,7 +544,11 @@ def read_qam(path):
 def _read_tsv(path, columns, get):
     """Yields (where, values of these columns) for each row behind the header."""
     lines = _lines_of_tsv(path, get)
-    _, header = next(lines)
+    _, header = next(lines, ("", [""]))
+    if len(header) == 1 or header[0].startswith('"'):
+        what = "has no tab" if len(header) == 1 else "is quoted"
+        raise InputError(f"{path}, line 1: the header {what}: this is a copy as CSV, not the official file; {get}")
+    header = [name.strip(" ") for name in header]
     lacking = [name for name in columns if name not in header]
     if lacking:
         raise InputError(f"{path}, line 1: the header lacks {', '.join(map(repr, lacking))}; remove it, then {get}")
@@ -433,14 +563,23 @@ def _read_tsv(path, columns, get):
 
 
 def _lines_of_tsv(path, get):
-    """Yields (where, values) for each line; `where` names file and line for a message about it."""
+    """Yields (where, values) for each line that is not blank; `where` names file and line for a message about it."""
     lines = _read_text(path, get).split("\n")
     whole = lines[-1] == ""  # the last line has its newline
     for number, line in enumerate(lines[:-1] if whole else lines, start=1):
         where = f"{path}, line {number}"
         if number == len(lines) and not whole:
             where += f" (the last, without a newline, so the file may be cut short: if so, remove it, then {get})"
-        yield where, line.removesuffix("\r").split("\t")
+        values = line.removesuffix("\r").split("\t")
+        if line.strip(" \r"):
+            yield where, _bounded(where, *values)
+
+
+def _bounded(where, *texts):
+    """The texts, none of which is longer than any that is meant to be read."""
+    if (longest := max(map(len, texts))) > MOST_TEXT:
+        raise InputError(f"{where}: a text of {longest:,} characters, where {MOST_TEXT:,} are the most: is it damaged?")
+    return texts
 
 
 # Named entities: WikiAnn (Pan et al. 2017) with the balanced splits of Rahimi et al. 2019, one archive a language, with
@@ -448,46 +587,70 @@ def _lines_of_tsv(path, get):
 
 WIKIANN_URL = "https://s3.amazonaws.com/datasets.huggingface.co/wikiann/1.1.0"
 NER_LABELS = ("O", "B-PER", "I-PER", "B-ORG", "I-ORG", "B-LOC", "I-LOC")
-_GET_WIKIANN = f"`make ner` fetches it, or unpack {WIKIANN_URL}/panx_dataset.zip into the data folder"
+_UNPACK_WIKIANN = f"unpack {WIKIANN_URL}/panx_dataset.zip into the data folder"
+_GET_WIKIANN = _FETCHES.format("ner") + _UNPACK_WIKIANN
 SPLITS = ("train", "dev", "test")
 
 
 def read_wikiann(path, splits=SPLITS):
     """panx_dataset/xx.tar.gz: {split: list of (tokens, tag ids)}. The language is the file's name: `xx:` is cut off."""
-    prefix = Path(path).name.split(".")[0] + ":"
-    data = _read_bytes(path, _GET_WIKIANN)
-    again = f"remove it, then {_GET_WIKIANN}"
+    language = Path(path).name.split(".")[0]
+    get = _GET_WIKIANN if language in NER_LANGUAGES else _UNPACK_WIKIANN  # others than XTREME's are not fetched
+    data = _read_bytes(path, get)
+    prefix, again = f"{language}:", f"remove it, then {get}"
     try:
-        # all of it first: tarfile stops at the last member, and never comes to gzip's check sum
-        with tarfile.open(fileobj=io.BytesIO(gzip.decompress(data)), mode="r:") as archive:
-            members = {}
-            for member in archive:
-                if member.isfile():
-                    members[member.name.removeprefix("./")] = archive.extractfile(member).read()
+        members = _members(data, splits)
     except Exception as error:  # tarfile and gzip have no one error for a broken archive
-        raise InputError(f"{path} is not a whole tar.gz archive ({error}): {again}") from None
+        raise InputError(f"{path} is not a whole tar.gz archive of WikiAnn's ({error}): {again}") from None
     if lacking := [split for split in splits if split not in members]:
         raise InputError(f"{path} lacks {', '.join(lacking)}: {again}")
     where = {split: f"{path}, member {split}" for split in splits}
-    return {split: _tagged(_text(members[split], where[split], again), where[split], prefix) for split in splits}
+    return {split: _tagged(_text(members[split], where[split], again), where[split], prefix, get) for split in splits}
 
 
-def _tagged(text, where, prefix):
-    """The sentences of `token<TAB>TAG` lines; empty lines stand between them, and more than one is as good as one."""
+def _members(data, wanted):
+    """{name: bytes} of the wanted members of a tar.gz. Raises ValueError where it would take too much memory."""
+    with gzip.open(io.BytesIO(data)) as file:
+        # all of it first: tarfile stops at the last member, and never comes to gzip's check sum
+        unpacked = file.read(MOST_UNPACKED + 1)
+    if len(unpacked) > MOST_UNPACKED:
+        raise ValueError(f"unpacked it is larger than {MOST_UNPACKED >> 20} MiB")
+    members = {}
+    with tarfile.open(fileobj=io.BytesIO(unpacked), mode="r:") as archive:
+        for number, member in enumerate(archive):
+            if number == MOST_MEMBERS or member.issparse():  # whose size is what it says itself, not what is there
+                raise ValueError("its members are sparse" if member.issparse() else f"more than {MOST_MEMBERS} members")
+            if member.isfile() and member.name.removeprefix("./") in wanted:
+                members[member.name.removeprefix("./")] = archive.extractfile(member).read()
+    return members
+
+
+def _tagged(text, where, prefix, get):
+    """The sentences of `token<TAB>TAG` lines; blank lines stand between them, and more than one is as good as one.
+    Other people's comments (# ...) and document marks are no tokens, for these have the prefix. An entity may begin
+    with I-, as in IOB1."""
     sentences, tokens, tags = [], [], []
     for number, line in enumerate((text + "\n\n").split("\n"), start=1):
         line = line.removesuffix("\r")
-        if line:
-            token, tab, tag = line.rpartition("\t")
-            if not tab or not tag:
+        if len(line) > MOST_TEXT:
+            _bounded(f"{where}, line {number}", line)
+        if line.startswith(("#", "-DOCSTART-")):
+            continue
+        if line.strip():
+            token, tab, tag = line.rstrip(" \t").rpartition("\t")
+            if not line.startswith(prefix):
                 raise InputError(
-                    f"{where}, line {number}: a token without a tag; if this is XTREME's copy of a test set, whose "
-                    f"tags are removed, {_GET_WIKIANN}"
+                    f"{where}, line {number}: the token {(token or line)[:40]!r} does not begin with {prefix!r}; each "
+                    "line is to be a prefix, the token, a tab and the tag, without an index or other columns"
                 )
-            if tag not in NER_LABELS:
-                raise InputError(f"{where}, line {number}: unknown tag {tag[:40]!r}; there are {', '.join(NER_LABELS)}")
-            if not token.startswith(prefix):
-                raise InputError(f"{where}, line {number}: the token {token[:40]!r} does not begin with {prefix!r}")
+            if not tab or not tag:
+                what = f"a token without a tag; if this is XTREME's copy of a test set, whose tags are removed, {get}"
+                if line.rpartition(" ")[2] in NER_LABELS:
+                    what = "a space stands before the tag, where a tab is needed"
+                raise InputError(f"{where}, line {number}: {what}")
+            if tag not in NER_LABELS or token.rpartition("\t")[2] in NER_LABELS:
+                what = f"unknown tag {tag[:40]!r}" if tag not in NER_LABELS else "two columns of tags"
+                raise InputError(f"{where}, line {number}: {what}; one is needed, of {', '.join(NER_LABELS)}")
             tokens.append(token.removeprefix(prefix))
             tags.append(NER_LABELS.index(tag))
         elif tokens:
@@ -495,7 +658,7 @@ def _tagged(text, where, prefix):
             tokens, tags = [], []
     if not any(any(tags) for _, tags in sentences):
         what = "no tag but O" if sentences else "no sentence"
-        raise InputError(f"{where} holds {what}: its tags may have been removed; {_GET_WIKIANN}")
+        raise InputError(f"{where} holds {what}: its tags may have been removed; {get}")
     return sentences
 
 
@@ -505,7 +668,8 @@ def _tagged(text, where, prefix):
 MLQA_URL = "https://dl.fbaipublicfiles.com/MLQA"
 SQUAD_URL = "https://rajpurkar.github.io/SQuAD-explorer/dataset"
 XQUAD_URL = "https://raw.githubusercontent.com/google-deepmind/xquad/master"
-_GET_QA = f"`make mlqa` fetches it, or get {MLQA_URL}/MLQA_V1.zip, {SQUAD_URL} and {XQUAD_URL} by hand (see the README)"
+_GET_QA = f"{_FETCHES.format('mlqa')}get {MLQA_URL}/MLQA_V1.zip, {SQUAD_URL} and {XQUAD_URL} by hand"
+_NESTED = "SQuAD's file is one object of articles, paragraphs, questions; rows, as `datasets` writes them, are not read"
 MISPLACED = 0.01  # of the answers of a file may stand elsewhere than it says
 
 
@@ -527,15 +691,13 @@ def read_squad(path):
     Answers that do not stand at their offset are counted and reported on stderr (a dev or test question keeps its text,
     and counts); more than one in a hundred, and whatever else the format does not allow, raises InputError.
     """
-    text = _read_text(path, _GET_QA)
+    read = parse_json(_read_bytes(path, _GET_QA), path, f"remove it, then {_GET_QA}")
     try:
-        articles = json.loads(text)["data"]
+        articles = read["data"]
         paragraphs = [(a, p) for a, article in enumerate(articles, 1) for p in enumerate(article["paragraphs"], 1)]
-    except json.JSONDecodeError as error:
-        where = f"{path}, line {error.lineno}"
-        raise InputError(f"{where}: not whole JSON ({error.msg}): remove it, then {_GET_QA}") from None
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InputError(f"{path}: not in SQuAD's format ({type(error).__name__}: {error}): {_GET_QA}") from None
+    except (KeyError, TypeError) as error:
+        what = f"not in SQuAD's format ({type(error).__name__}: {error}). {_NESTED}"
+        raise InputError(f"{path}: {what}; {_GET_QA}") from None
     questions, misplaced, answers = [], [], 0
     for a, (p, paragraph) in paragraphs:
         where = f"{path}, article {a}, paragraph {p}"
@@ -578,6 +740,7 @@ def _question(qa, context, where):
         "".join([qa["question"], context, *answers]).encode()
     except UnicodeEncodeError:
         raise InputError(f"{where}: half of a surrogate pair stands in its text; mend it, or {_GET_QA}") from None
+    _bounded(where, qa["question"], context, *answers)
     first = qa["answers"][0]
     start = first["answer_start"] if first["text"].strip() and _stands(first, context) else None
     return Question(str(qa["id"]), qa["question"], context, answers, start)
@@ -589,6 +752,8 @@ def _read_text(path, get):
 
 def _text(data, where, again):
     data = data.removeprefix(b"\xef\xbb\xbf")  # a byte order mark, if an editor left one
+    if b"\r" in data and b"\n" not in data:
+        raise InputError(f"{where}: its lines end in \\r alone, which nobody writes any more; make them end in \\n")
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -596,13 +761,16 @@ def _text(data, where, again):
         raise InputError(f"{where}, line {line}: not valid UTF-8 ({error.reason}); {again}") from None
 
 
-def _read_bytes(path, get):
+def _read_bytes(path, get, most=MOST_FILE):
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            what = "directory" if os.path.isdir(path) else "device or a pipe"
+            raise InputError(f"{path} is a {what} where a file should be: remove it, then {get}")
+        if os.path.getsize(path) > most:
+            raise InputError(f"{path} is larger than {most >> 20} MiB, the most that is read: remove it, then {get}")
         data = Path(path).read_bytes()
     except FileNotFoundError:
         raise InputError(f"{path} is not there: {get}") from None
-    except IsADirectoryError:
-        raise InputError(f"{path} is a directory where a file should be: remove it, then {get}") from None
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
     if not data:
@@ -656,7 +824,9 @@ def load_xnli(data, tokenizer, max_length=128, languages=None, cache="cache", so
     test = pairs(folder / "xnli.test.tsv", read_xnli) if tests else None
     if tests and dev.keys() != test.keys():
         odd = ", ".join(sorted(dev.keys() ^ test.keys()))
-        raise InputError(f"{folder}: only one of xnli.dev.tsv and xnli.test.tsv holds {odd}; fetch both again")
+        raise InputError(
+            f"{folder}: only one of xnli.dev.tsv and xnli.test.tsv holds {odd}: remove both, then {_GET_XNLI}"
+        )
     path = Path(data) / "XNLI-MT-1.0" / "multinli" / f"multinli.train.{source}.tsv"
     train = pairs(path, lambda path: {"": read_multinli(path)})[""]
     tests = {"test": _choose(test, languages)} if tests else {}
@@ -678,8 +848,12 @@ def load_qam(data, tokenizer, max_length=128, languages=None, cache="cache", sou
 
         return tokenized_file(path, make, tokenizer, f"qam {max_length}", cache)[""]
 
-    names = [file.name.removeprefix("xglue.qam.") for file in folder.glob("*.dev*")]
-    languages = _languages(languages, sorted({name.split(".")[0] for name in names}), source, folder, GET_QAM)
+    names = [file.name.removeprefix("xglue.qam.").split(".") for file in folder.glob("*.*")]
+    there = sorted({language for language, split, *_ in names if split == "dev"})
+    if not languages:
+        partly = {language for language, split, *_ in names if split in SPLITS}
+        _say_what_is_missing(QAM_LANGUAGES, there, partly, source, folder, GET_QAM)
+    languages = _languages(languages, there, source, folder, GET_QAM)
     dev = {language: pairs(language, "dev") for language in languages}
     test = {name: {language: pairs(language, name) for language in languages} for name in tests}
     return Task("qam", QAM_LABELS, pairs(source, "train"), dev, test, source)
@@ -707,6 +881,8 @@ def load_ner(data, tokenizer, max_length=128, languages=None, cache="cache", sou
         made_from = f"ner {max_length} {language} {splits}"
         return tokenized_file(folder / f"{language}.tar.gz", make, tokenizer, made_from, cache)
 
+    if not languages:
+        _say_what_is_missing(NER_LANGUAGES, there, there, source, folder, _GET_WIKIANN)
     wanted = languages or [language for language in NER_LANGUAGES if language in there]
     languages = _languages(wanted, sorted(there), source, folder, _GET_WIKIANN)
     splits = ("dev", *tests)
@@ -742,7 +918,13 @@ def load_mlqa(data, tokenizer, max_length=384, languages=None, cache="cache", so
     def mlqa(split, context, question):
         return questions(folder / split / f"{split}-context-{context}-question-{question}.json")
 
-    there = [x for x in MLQA_LANGUAGES if (folder / "dev" / f"dev-context-{x}-question-{x}.json").is_file()]
+    def in_files(split):
+        files = {x: folder / split / f"{split}-context-{x}-question-{x}.json" for x in MLQA_LANGUAGES}
+        return [x for x, file in files.items() if file.is_file()]
+
+    there = in_files("dev")
+    if not languages:
+        _say_what_is_missing(MLQA_LANGUAGES, there, in_files("test"), source, folder / "dev", _GET_QA)
     languages = _languages(languages, there, source, folder / "dev", _GET_QA)
     pairs = [(context, question) for context in languages for question in languages]
     files = {
@@ -778,6 +960,18 @@ def _languages(wanted, there, source, folder, get=""):
         named = ", ".join(languages)
         raise InputError(f"the languages {named} lack {source}, the source: the gap is measured from it")
     return languages
+
+
+def _say_what_is_missing(known, there, partly, source, folder, get):
+    """Where no languages were asked for: says which of the paper's have no files. One that has some and no dev set
+    raises InputError: as likely as not a file was lost."""
+    for language in sorted({*partly} - {*there}) if there else ():
+        without = f", or leave it out with --languages {','.join(there)}" if source in there else ""
+        raise InputError(f"{folder} lacks the dev set of {language}, and has other files of it: {get}{without}")
+    missing = [language for language in known if language not in there]
+    if there and missing:
+        print(f"{folder}: of the paper's {len(known)} languages {len(missing)} are not there and left out: "
+              f"{', '.join(missing)}", file=sys.stderr)  # fmt: skip
 
 
 def _choose(sets, languages):
@@ -816,6 +1010,7 @@ def tokenized_file(path, make, tokenizer, made_from, cache):
         make(path)  # it knows what to say
     key = f"{CACHE_FORMAT} {tokenizer.fingerprint} {made_from} {file_sha256(path)}"
     cached = Path(cache) / f"{path.name.split('.')[0]}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
+    remove_parts(cached.parent)
     if os.path.isfile(cached):
         try:
             return _load_cached(cached)
@@ -833,13 +1028,32 @@ def tokenized_file(path, make, tokenizer, made_from, cache):
 
 def _load_cached(path):
     parts = {}
-    with np.load(path, allow_pickle=False) as file:
-        for key in file:
-            name, _, array = key.partition("/")
-            parts.setdefault(name, {})[array] = file[key]
+    for key, values in read_arrays(path).items():
+        name, _, array = key.partition("/")
+        parts.setdefault(name, {})[array] = values
     if not parts:
         raise ValueError("the file is empty")
     return {name: Examples.from_arrays(arrays) for name, arrays in sorted(parts.items())}
+
+
+def read_arrays(path):
+    """{name: array} of a .npz file. What a header says of an array's size is compared with the bytes that there are
+    before any memory is taken, which np.load does not. Raises ValueError, among others, for a damaged file."""
+    found = {}
+    with zipfile.ZipFile(path) as archive:
+        archive.fp.seek(-22, os.SEEK_END)  # its end says how many there are, which zipfile does not read
+        if int.from_bytes(archive.fp.read()[10:12], "little") != len(archive.infolist()):
+            raise ValueError("not all of its arrays are listed")
+        if sum(member.file_size for member in archive.infolist()) > MOST_ARRAYS:
+            raise ValueError("unpacked it is larger than any of ours")
+        for member in archive.infolist():
+            content = io.BytesIO(archive.read(member))
+            if np.lib.format.read_magic(content) != (1, 0):
+                raise ValueError(f"{member.filename} is of another format")
+            shape, by_column, dtype = np.lib.format.read_array_header_1_0(content)
+            values = np.frombuffer(bytearray(content.read()), dtype)
+            found[member.filename.removesuffix(".npy")] = values.reshape(shape, order="F" if by_column else "C")
+    return found
 
 
 def file_sha256(path):

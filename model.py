@@ -15,35 +15,46 @@ From top to bottom: the encoder, the heads, the files.
 """
 
 import dataclasses
+import hashlib
+import itertools
 import json
+import math
+import os
+import re
+import shlex
+import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
-from data import InputError, whole_file
+from data import InputError, Tokenizer, file_sha256, parse_json, read_json, whole_file
 
 PAD = 1  # XLM-R's <pad>
+
+
+def bounded(default, least, most):
+    """A field of Config, and what a config.json may say there: its numbers decide how much memory a model takes."""
+    return field(default=default, metadata={"bounds": (least, most)})
 
 
 @dataclass
 class Config:
     """The numbers of a `config.json` that shape the network; the defaults are XLM-R base's."""
 
-    vocab_size: int = 250002
-    hidden_size: int = 768
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    intermediate_size: int = 3072
-    max_position_embeddings: int = 514  # two of these rows are never a token's: positions count from 2
-    type_vocab_size: int = 1
-    layer_norm_eps: float = 1e-5
-    hidden_dropout_prob: float = 0.1
-    attention_probs_dropout_prob: float = 0.1
+    vocab_size: int = bounded(250002, 4, 10**7)
+    hidden_size: int = bounded(768, 1, 2**14)  # XLM-R XXL's: 4,096, in 48 layers
+    num_hidden_layers: int = bounded(12, 1, 256)
+    num_attention_heads: int = bounded(12, 1, 2**10)
+    intermediate_size: int = bounded(3072, 1, 2**16)
+    max_position_embeddings: int = bounded(514, 3, 2**17)  # two rows are never a token's: positions count from 2
+    type_vocab_size: int = bounded(1, 1, 100)
+    layer_norm_eps: float = bounded(1e-5, 1e-20, 1)
+    hidden_dropout_prob: float = bounded(0.1, 0, 0.99)
+    attention_probs_dropout_prob: float = bounded(0.1, 0, 0.99)
     labels: tuple = field(default=("LABEL_0", "LABEL_1"))
 
 
@@ -66,6 +77,12 @@ def dropout(x, p):
 class Dropout(nn.Dropout):
     def forward(self, x):
         return dropout(x, self.p) if self.training else x
+
+
+def attended(input_ids):
+    """(batch, length): the real tokens; of a row that has none the padding, for a softmax over nothing is NaN."""
+    real = input_ids != PAD
+    return real | ~real.any(1, keepdim=True)
 
 
 class Embeddings(nn.Module):
@@ -226,7 +243,7 @@ class Encoder(nn.Module):
         """Yields the hidden states (batch, length, hidden) after the embeddings and after each layer; after the last
         layer those of the first `rows` tokens alone, if that is all that is asked for."""
         real = input_ids != PAD
-        mask = real[:, None, None, :]  # (batch, 1, 1, length): every token attends to the real ones
+        mask = attended(input_ids)[:, None, None, :]  # (batch, 1, 1, length): every token attends to the real ones
         x = self.embeddings(input_ids, real)
         yield x
         for layer in self.encoder.layer:
@@ -270,6 +287,7 @@ class Finetuned(nn.Module):
     """
 
     precision = "fp32"
+    by_label = None  # the part of the head that has a row for each label, by its name
     rows = None  # how many states of each window the head reads, from the first: None for all
 
     def __init__(self, config):
@@ -286,6 +304,7 @@ class SequenceClassifier(Finetuned):
     """One class a window."""
 
     architecture = "XLMRobertaForSequenceClassification"
+    by_label = "classifier.out_proj"
     rows = 1  # `<s>` alone: the last layer makes no other state, 7 % of all matrix products fewer
 
     def __init__(self, config):
@@ -305,6 +324,7 @@ class TokenClassifier(Finetuned):
     """A tag for each token: dropout and a projection on every state."""
 
     architecture = "XLMRobertaForTokenClassification"
+    by_label = "classifier"
 
     def __init__(self, config):
         super().__init__(config)
@@ -331,7 +351,7 @@ class QuestionAnswering(Finetuned):
 
     def head(self, x, input_ids):
         # No probability for padding: what a window's neighbours in the batch are must not matter.
-        padding = (input_ids == PAD)[:, :, None]
+        padding = ~attended(input_ids)[:, :, None]
         return self.qa_outputs(x).masked_fill(padding, -torch.inf)  # (batch, length, 2)
 
     @staticmethod
@@ -359,38 +379,70 @@ def initialise(module):
 # --- files ---------------------------------------------------------------------------------------------------
 
 
+# How to come by a good file; `fetch` leaves what is there.
+GET = "copy it anew, or `python -m paper fetch xlm-roberta-base --out DIR` fetches what the model's folder DIR lacks"
+AGAIN = f"remove it, then {GET}"
+MOST_HEADER = 1 << 24  # bytes of a safetensors file's header: XLM-R large's has 50 thousand
+MOST_LABELS = 1000  # of config.json: a head has a row for each
+CONVERT = (  # makes model.safetensors of what torch.save wrote
+    'python -c "import glob, torch, safetensors.torch as s; s.save_file({name: w.contiguous().clone() for file in '
+    "glob.glob('pytorch_model*.bin') for name, w in torch.load(file, weights_only=True).items()}, "
+    "'model.safetensors', {'format': 'pt'})\""
+)
+
+
 def load(folder, labels=None, head=SequenceClassifier, **numbers):
     """Loads `config.json` and `model.safetensors` (one file or sharded; F32, F16, BF16) of `folder` in float32.
 
-    `labels`: the names of the task's classes; None takes those of config.json, so that a saved run loads back.
+    `labels`: the names of the task's classes; None takes those of config.json and the head that is there, so that a
+    saved run loads back.
     `head`: one of HEADS.
     `numbers`: in place of config.json's, such as hidden_dropout_prob.
-    A head that the file lacks is new, drawn from torch's global generator. Keys that the model has no place for
-    outside the encoder (`lm_head.*`, a pooler, `position_ids`) are ignored. Raises InputError for a missing file,
-    one that is cut short, a missing or misshapen weight, and a config that does not fit the weights.
+    A head of other labels or another task than the task's is not taken over, which is said on stderr; one of the same
+    labels in another order is, by their names. A new one is drawn from torch's global generator. Keys that the model
+    has no place for outside the encoder (`lm_head.*`, a pooler, `position_ids`) are ignored. Raises InputError for a
+    missing file, one that is cut short, a missing or misshapen weight, and a config that does not fit the weights.
     """
     folder = Path(folder)
-    config = dataclasses.replace(read_config(folder / "config.json", labels), **numbers)
+    config = read_config(folder / "config.json")
+    named, labels = config.labels, tuple(labels or ())
+    config = dataclasses.replace(config, labels=labels or named, **numbers)
     with torch.device("meta"):  # no memory and no time for weights that are about to be replaced
         model = head(config)
     wanted = {name: tuple(p.shape) for name, p in model.state_dict().items()}
-    weights = {}
-    for file, names in weight_files(folder).items():
-        weights.update(read_weights(folder / file, names, wanted))
-
-    missing = [name for name in wanted if name not in weights]
-    lost = [name for name in missing if name.startswith("roberta.")]
-    if lost:
-        raise InputError(
-            f"{folder}: the weight {lost[0]} is missing"
-            + (f" (and {len(lost) - 1} more)" if len(lost) > 1 else "")
-            + "; this is not a whole XLM-R checkpoint: fetch it again"
-        )
+    there = stored(folder, wanted)
+    old = any(name.startswith(("classifier.", "qa_outputs.")) for name in there)
+    other = other_head(model, there, wanted, named) if labels or not old else None
+    if other:
+        if old:
+            print(InputError(f"{folder}: its head is not taken over ({other}); a new one is trained"), file=sys.stderr)
+        wanted = {name: shape for name, shape in wanted.items() if name.startswith("roberta.")}
+    weights = read_weights(folder, there, wanted)
+    if labels and not other and model.by_label:
+        rows = [lower(named).index(label) for label in lower(labels)]
+        for name in (f"{model.by_label}.weight", f"{model.by_label}.bias"):
+            weights[name] = weights[name][rows]
     model.load_state_dict(weights, strict=False, assign=True)
     for name, part in model.named_children():
-        if missing and name != "roberta":  # a head comes whole or not at all
+        if other and name != "roberta":  # a head comes whole or not at all
             initialise(part.to_empty(device="cpu"))
     return model.requires_grad_(True)
+
+
+def other_head(model, there, wanted, named):
+    """Why the head in a model's files, whose classes config.json has `named`, is not the head of `model`, or None."""
+    head = [name for name in wanted if not name.startswith("roberta.")]
+    if any(name not in there for name in head):
+        return "it is another task's, or not whole"
+    if model.by_label and sorted(lower(named)) != sorted(lower(model.config.labels)):
+        return f"its labels are {', '.join(named)[:80]}; the task's are {', '.join(model.config.labels)[:80]}"
+    if any(there[name][3] != wanted[name] for name in head):
+        return "it has another shape than config.json says"
+    return None
+
+
+def lower(labels):
+    return [label.lower() for label in labels]
 
 
 def read_config(file, labels=None):
@@ -398,72 +450,149 @@ def read_config(file, labels=None):
     if not file.is_file():
         raise InputError(f"{file}: no such file; a model folder holds config.json, model.safetensors and "
                          "sentencepiece.bpe.model (`python -m paper fetch xlm-roberta-base` fetches one)")  # fmt: skip
+    read = read_json(file, GET)
+    if not isinstance(read, dict):
+        raise InputError(f"{file}: not a model's config.json: {AGAIN}")
+    for name, known in (("model_type", ("xlm-roberta", "roberta")), ("hidden_act", ("gelu",)),
+                        ("position_embedding_type", ("absolute",)), ("pad_token_id", (PAD,))):  # fmt: skip
+        if read.get(name, known[0]) not in known:
+            raise InputError(f"{file}: {name} is {quoted(read[name])}; this code runs XLM-R, whose is {known[0]!r}")
+    numbers = {f.name: number_of(read, f, file) for f in fields(Config) if f.name != "labels"}
+    if numbers["hidden_size"] % numbers["num_attention_heads"]:
+        raise InputError(f"{file}: num_attention_heads is {numbers['num_attention_heads']}, which does not divide "
+                         f"hidden_size, {numbers['hidden_size']}")  # fmt: skip
+    return Config(**numbers, labels=tuple(labels or labels_of(read, file)))
+
+
+def number_of(read, f, file):
+    """What config.json says of a field of Config; dropout alone may be left out: of the others libraries differ in what
+    they then take."""
+    value, (least, most), kind = read.get(f.name), f.metadata["bounds"], type(f.default)
+    if f.name.endswith("dropout_prob") and f.name not in read:
+        return f.default
+    if type(value) not in (kind, int) or not least <= value <= most:
+        what = "a whole number" if kind is int else "a number"
+        raise InputError(f"{file}: {f.name} is {quoted(value)}; it must be {what} from {least} to {most}")
+    return kind(value)
+
+
+def quoted(value):
+    return repr(value)[:40]
+
+
+def labels_of(read, file):
+    """The names of the classes in their order: of id2label, or of label2id where that has none but LABEL_0, LABEL_1."""
     try:
-        read = json.loads(file.read_text(encoding="utf-8"))
-        numbers = {f.name: type(f.default)(read.get(f.name, f.default)) for f in fields(Config) if f.name != "labels"}
-        names = read.get("id2label") or {}
-        names = tuple(names[str(i)] for i in range(len(names))) or Config.labels
-    except (ValueError, TypeError, AttributeError, KeyError, OverflowError) as e:
-        raise InputError(f"{file}: not a model's config.json ({type(e).__name__}: {e})") from e
-    config = Config(**numbers, labels=tuple(labels or names))
-    if read.get("hidden_act", "gelu") != "gelu":
-        raise InputError(f"{file}: hidden_act is {read['hidden_act']!r}; XLM-R's is 'gelu'")
-    if read.get("model_type", "xlm-roberta") not in ("xlm-roberta", "roberta"):
-        raise InputError(f"{file}: model_type is {read['model_type']!r}; this code runs 'xlm-roberta'")
-    if min(v for v in numbers.values() if isinstance(v, int)) < 1 or config.hidden_size % config.num_attention_heads:
-        raise InputError(f"{file}: sizes must be positive and hidden_size a multiple of num_attention_heads")
-    if not all(0 <= p < 1 for p in (config.hidden_dropout_prob, config.attention_probs_dropout_prob)):
-        raise InputError(f"{file}: a dropout probability is at least 0 and less than 1")
-    if max(v for v in numbers.values() if isinstance(v, int)) > 10**7:
-        raise InputError(f"{file}: a size of more than ten million is no model's")
-    return config
+        by_id = {int(i): name for i, name in (read.get("id2label") or {}).items()}
+        by_name = {i: name for name, i in (read.get("label2id") or {}).items()}
+        generic = all(name == f"LABEL_{i}" for i, name in by_id.items())
+        found = by_name if generic and len(by_name) >= len(by_id) else by_id
+        names = tuple(found[i] for i in range(len(found))) or Config.labels
+        if not all(isinstance(name, str) for name in names) or len(names) > MOST_LABELS:
+            raise ValueError(f"a label that is no text, or more than {MOST_LABELS}")
+    except (ValueError, TypeError, AttributeError, KeyError) as e:
+        raise InputError(f"{file}: id2label does not name classes 0, 1, ... ({type(e).__name__}: {e})") from e
+    return names
 
 
-def weight_files(folder):
-    """{file name: the keys to take from it, or None for all}, from the index of a sharded model or the one file."""
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        return {"model.safetensors": None}
+def stored(folder, wanted):
+    """{name in our model: (file, name there, type, shape)} of all weights in a folder's files, from their headers."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    whole = single.is_file() or not index.is_file()
+    if whole and not single.is_file() and (old := sorted(folder.glob("pytorch_model*.bin"))):
+        how = f"cd {shlex.quote(str(folder))} && {CONVERT}"
+        raise InputError(f"{folder} holds {old[0].name} and no model.safetensors; to convert it: {how}")
+    found = {}
+    for file, keys in ({single: None} if whole else shards(index)).items():
+        header = read_header(file)
+        for key in header if keys is None else keys:
+            if key not in header:
+                raise InputError(f"{file}: {key[:80]} is not in it, which {index.name} says; {AGAIN}")
+            found[our_name(key, wanted)] = (file, key, *header[key])
+    return found
+
+
+def shards(index):
+    """{file: the keys that it holds} of a model in several files."""
+    files = {}
     try:
-        files = {}
-        for name, file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items():
-            if Path(file).name != file:
-                raise InputError(f"{index}: {file!r} is not the name of a file beside it")
-            files.setdefault(file, set()).add(name)
-        return files
-    except (ValueError, TypeError, KeyError, AttributeError) as e:
-        if isinstance(e, InputError):
-            raise
-        raise InputError(f"{index}: not an index of safetensors files ({e})") from e
+        for key, name in read_json(index, GET)["weight_map"].items():
+            if not re.fullmatch(r"\w[\w.-]{,199}", name, re.ASCII):
+                raise InputError(f"{index}: {name[:40]!r} is not the name of a file beside it")
+            files.setdefault(index.parent / name, []).append(key)
+    except (TypeError, KeyError, AttributeError) as e:
+        raise InputError(f"{index}: not an index of safetensors files ({type(e).__name__}: {e}); {AGAIN}") from e
+    return files
 
 
-def read_weights(file, names, wanted):
-    """The tensors of `file` that the model wants, as {name in our model: float32}. Shapes are checked."""
+def our_name(key, wanted):
+    """A weight's name in our model: TensorFlow's LayerNorm has a gamma and a beta, and a bare encoder (AutoModel) is
+    saved without the prefix that the models with a head give it."""
+    name = key.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+    return f"roberta.{name}" if name not in wanted and f"roberta.{name}" in wanted else name
+
+
+def read_header(file):
+    """{key: (dtype, shape)} of a safetensors file, after a look at everything that it says of itself: the tensors lie
+    one behind the other, as they are listed, without holes or overlaps, to the file's end. Raises InputError."""
     if not file.is_file():
-        raise InputError(f"{file}: no such file; fetch the model again")
-    weights = {}
+        raise InputError(f"{file}: no such file; {GET}")
     try:
-        with safe_open(file, framework="pt") as f:
-            for key in f.keys() if names is None else sorted(names):
-                # A bare encoder (AutoModel) is saved without the prefix that the models with a head give it.
-                name = key if key in wanted or f"roberta.{key}" not in wanted else f"roberta.{key}"
-                if name not in wanted:
-                    if key.removeprefix("roberta.").startswith("encoder.layer."):
-                        raise InputError(f"{file}: {key} has no place in a model of config.json's size")
-                    continue
-                shape = tuple(f.get_slice(key).get_shape())
-                if shape != wanted[name]:
-                    raise InputError(f"{file}: {key} is {shape}, config.json asks for {wanted[name]}")
-                # copy: a safetensors file is mapped, and must be free to be replaced while the model lives
-                weights[name] = f.get_tensor(key).to(torch.float32, copy=True)
-    except (SafetensorError, OSError) as e:
-        raise InputError(f"{file}: not a whole safetensors file ({e}); fetch it again") from e
+        with open(file, "rb") as f:
+            size = os.fstat(f.fileno()).st_size
+            length = int.from_bytes(f.read(8), "little")
+            if length > min(size - 8, MOST_HEADER):
+                raise ValueError(f"a header of {length} bytes")
+            header, at, found = parse_json(f.read(length), file, AGAIN), 0, {}
+        header.pop("__metadata__", None)
+        for key, entry in header.items():
+            dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+            if len(shape) > 8 or not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
+                raise ValueError(f"{key[:80]} has no shape or place")
+            # a type's name holds its bits: F32, BF16, I64, F8_E4M3
+            bits = 8 if dtype == "BOOL" else int(re.search(r"\d+", dtype)[0])
+            if begin != at or (end - begin) * 8 != bits * math.prod(shape):
+                raise ValueError(f"{key[:80]} does not lie where it should or is of another size")
+            found[key], at = (dtype, shape), end
+        if at != size - 8 - length:
+            raise ValueError(f"{size} bytes where there should be {at + 8 + length}")
+    except InputError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError, OSError) as e:
+        raise InputError(f"{file}: not a whole safetensors file ({e}); {AGAIN}") from e
+    return found
+
+
+def read_weights(folder, there, wanted):
+    """{name: float32} of the wanted weights. Their shapes and types are checked before any memory is taken."""
+    if lost := [name for name in wanted if name not in there]:
+        more = f" (and {len(lost) - 1} more)" if len(lost) > 1 else ""
+        what = f"this is not a whole XLM-R checkpoint (it has {min(there, default='none')[:80]})"
+        raise InputError(f"{folder}: the weight {lost[0]} is missing{more}; {what}: {AGAIN}")
+    for name, (file, key, dtype, shape) in there.items():
+        if name not in wanted and name.removeprefix("roberta.").startswith("encoder.layer."):
+            raise InputError(f"{file}: {key[:80]} has no place in a model of config.json's size")
+        if name in wanted and shape != wanted[name]:
+            raise InputError(f"{file}: {key[:80]} is {shape}, config.json asks for {wanted[name]}")
+        if name in wanted and dtype not in ("F64", "F32", "F16", "BF16"):
+            raise InputError(f"{file}: {key[:80]} is of type {dtype[:20]}; weights are F32, F16 or BF16: {AGAIN}")
+    weights = {}
+    for file in {there[name][0] for name in wanted}:
+        try:
+            with safe_open(file, framework="pt") as f:
+                for name in (name for name in wanted if there[name][0] == file):
+                    # copy: a safetensors file is mapped, and must be free to be replaced while the model lives
+                    weights[name] = f.get_tensor(there[name][1]).to(torch.float32, copy=True)
+                    if not weights[name].sum().isfinite():
+                        raise InputError(f"{file}: {there[name][1]} is not finite; {AGAIN}")
+        except (SafetensorError, OSError) as e:
+            raise InputError(f"{file}: not a whole safetensors file ({e}); {AGAIN}") from e
     return weights
 
 
 def save(model, folder, tokenizer=None):
-    """Writes `config.json` and `model.safetensors` (float32) for transformers' from_pretrained, and copies the
-    `tokenizer` file (a sentencepiece.bpe.model) beside them. Each file is whole under its name or not there."""
+    """Writes `config.json` and `model.safetensors` (float32) for transformers' from_pretrained, and the files of the
+    `tokenizer` (a sentencepiece.bpe.model) for it and for us. Each file is whole under its name or not there."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     c = model.config
@@ -477,17 +606,40 @@ def save(model, folder, tokenizer=None):
     }  # fmt: skip
     weights = {name: w.detach().to("cpu", torch.float32).contiguous() for name, w in model.state_dict().items()}
     with whole_file(folder / "model.safetensors") as part:
-        write_weights(weights, part)
+        write_tensors(weights, part)
     if tokenizer is not None:
-        with whole_file(folder / "sentencepiece.bpe.model") as part:
-            part.write_bytes(Path(tokenizer).read_bytes())
+        there = folder / "sentencepiece.bpe.model"  # the last of its files
+        if not there.is_file() or there.read_bytes() != Path(tokenizer).read_bytes():
+            for name, content in Tokenizer(tokenizer).files(c.max_position_embeddings - 2).items():
+                with whole_file(folder / name) as part:
+                    part.write_bytes(content)
     with whole_file(folder / "config.json") as part:
         part.write_text(json.dumps(config, indent=2) + "\n")
 
 
-def write_weights(weights, file):
-    try:
-        save_file(weights, file, metadata={"format": "pt"})
-    except SafetensorError as e:  # it wraps the system's error (a full disk) in one of its own
-        raise OSError(f"{file}: {e}") from e
-    file.chmod(0o644)  # safetensors makes its files unreadable to others
+def fingerprint(folder):
+    """The SHA-256, in hexadecimal, of a model: of its config.json and its weights."""
+    files = [Path(folder, "config.json"), *sorted(Path(folder).glob("*.safetensors"))]
+    return hashlib.sha256("".join(file_sha256(file) for file in files if file.is_file()).encode()).hexdigest()
+
+
+DTYPES = {torch.float64: "F64", torch.int64: "I64", torch.float32: "F32", torch.int32: "I32", torch.bool: "BOOL"}
+
+
+def write_tensors(tensors, file):
+    """Writes {name: tensor} as a safetensors file and returns its SHA-256, in hexadecimal. One tensor at a time leaves
+    its device: safetensors' own writer holds all of them a second time."""
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # so each is aligned
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name in names:
+        t, begin, end = tensors[name], end, end + tensors[name].nbytes
+        header[name] = {"dtype": DTYPES[t.dtype], "shape": list(t.shape), "data_offsets": [begin, end]}
+    head = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    head += b" " * (-len(head) % 8)
+    content = (tensors[name].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy() for name in names)
+    digest = hashlib.sha256()
+    with open(file, "wb") as out:
+        for block in itertools.chain((len(head).to_bytes(8, "little"), head), content):
+            out.write(block)
+            digest.update(block)
+    return digest.hexdigest()

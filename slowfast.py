@@ -222,7 +222,7 @@ class SlowFast:
 
     def observe_similarity(self, cka):
         """Takes the linear CKA of the last two layers' hidden states with the pre-trained model's (the mean of the
-        two), measured at even intervals; for policy4="auto"."""
+        two), measured at even intervals and on the same tokens each time; for policy4="auto"."""
         self.similarities.append(float(cka))
 
     @property

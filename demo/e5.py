@@ -208,8 +208,13 @@ def _varint(value):
     return bytes(groups)
 
 
+class OneLineParser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"demo.e5: {message}\n")
+
+
 def main(arguments=None):
-    parser = argparse.ArgumentParser(prog="python -m demo.e5", description=__doc__.splitlines()[0])
+    parser = OneLineParser(prog="python -m demo.e5", description=__doc__.splitlines()[0])
     parser.add_argument("folder", nargs="?", default=FOLDER, help="where its files go (default: %(default)s)")
     try:
         make(parser.parse_args(arguments).folder)

@@ -397,7 +397,7 @@ def tokeniser(job, clock, folder):
     known = [name for name in (job.model, ROOT / "models/xlm-roberta-base", ROOT / "models/multilingual-e5-small")
              if Path(name, "sentencepiece.bpe.model").is_file()]  # fmt: skip
     if not known:
-        clock.say({"left_out": "there is no model's tokeniser (make demo, or make xnli, fetches one)"})
+        clock.say({"left_out": "there is no model's tokeniser (`make demo`, or `make xnli`, fetches one)"})
     tokenizer = data.Tokenizer(known[0])
     rows = [row for rows in data.read_xnli(ROOT / "demo/texts/XNLI-1.0/xnli.test.tsv").values() for row in rows]
     tokenize = functools.partial(data.tokenize_pairs, rows, tokenizer, LONGEST)

@@ -183,7 +183,7 @@ def _unpack(archive, files, limit, scratch):
     except Exception as error:  # zipfile, tarfile and their decompressors have no one error for a broken archive
         if _is_of_the_disk(error):
             raise
-        raise _Unfit(f"is not a whole {kind} archive ({error})") from None
+        raise _Unfit(f"is not a whole {kind} archive ({str(error)[:200]})") from None
     return parts
 
 

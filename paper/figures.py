@@ -17,7 +17,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from paper.results import TASK_NAMES, Setup, read_log
+from paper.arguments import TARGETS, TASK_NAMES
+from paper.finished import read_log
+from paper.results import Setup
 
 # --- what the runs say ---------------------------------------------------------------------------------------
 #
@@ -53,7 +55,8 @@ def languages(setup, methods):
     for dash, method in enumerate(methods):
         found = logged(setup, method, "scores")
         for i, name in enumerate(sorted({name for seeds in found.values() for name in seeds[0]}), len(methods)):
-            points = {update: [scores[name] for scores in seeds] for update, seeds in found.items()}
+            points = {t: [scores[name] for scores in seeds if name in scores] for t, seeds in found.items()}
+            points = {t: y for t, y in points.items() if y}
             lines.append((f"{name}, {method}", points, look(i, dash)))
     return lines
 
@@ -74,8 +77,8 @@ def similarity(setup, methods):
     """Linear CKA of each layer with the pre-trained model: a mean, for the bands of so many lines hide each other."""
     found = logged(setup, "df", "cka")
     depth, style = max((len(cka) for (cka, *_) in found.values()), default=0), {"marker": "." * (len(found) == 1)}
-    return [(f"layer {i}", {t: [statistics.fmean(cka[i] for cka in seeds)] for t, seeds in found.items()}, style)
-            for i in range(depth)]  # fmt: skip
+    return [(f"layer {i}", {t: [statistics.fmean(cka[i] for cka in seeds if i < len(cka))] for t, seeds in found.items()
+                            if any(i < len(cka) for cka in seeds)}, style) for i in range(depth)]  # fmt: skip
 
 
 def first_phase(logs):
@@ -106,18 +109,17 @@ class Figure(NamedTuple):
 
 
 DEEPEST = 24  # layers: XLM-R large
-THREE = ("xnli", "mlqa", "ner")
 CURVES = {"training loss": curves("loss"), "gap (points)": curves("gap")}
 FIGURES = {
-    "figure1": Figure("The gap on XNLI, and the loss", ("xnli",), ("df", "fs", "ff", "slowfast"), CURVES),
-    "figure2": Figure("Loss and gap while a model is fine-tuned directly", THREE, ("df",), CURVES),
-    "figure3": Figure("One layer frozen or started anew", THREE, ("df", "freeze-layer-{}", "reinit-layer-{}"),
+    "figure1": Figure(*TARGETS["figure1"], ("df", "fs", "ff", "slowfast"), CURVES),
+    "figure2": Figure(*TARGETS["figure2"], ("df",), CURVES),
+    "figure3": Figure(*TARGETS["figure3"], ("df", "freeze-layer-{}", "reinit-layer-{}"),
                       {"mean score (%)": layers}, "layer"),
-    "figure4": Figure("Only the last layers trained", THREE, ("df", "last-1", "last-2", "last-3"), CURVES),
-    "figure5": Figure("The gap on MLQA and NER", ("mlqa", "ner"), ("df", "slowfast"), CURVES),
-    "figure6": Figure("Similarity of each layer with the pre-trained model under df", THREE, ("df",),
+    "figure4": Figure(*TARGETS["figure4"], ("df", "last-1", "last-2", "last-3"), CURVES),
+    "figure5": Figure(*TARGETS["figure5"], ("df", "slowfast"), CURVES),
+    "figure6": Figure(*TARGETS["figure6"], ("df",),
                       {"linear CKA": similarity}),
-    "figure7": Figure("QAM: each language's score, and the gap", ("qam",), ("df", "slowfast"),
+    "figure7": Figure(*TARGETS["figure7"], ("df", "slowfast"),
                       CURVES | {"dev score (%)": languages}),
 }  # fmt: skip
 

@@ -1,19 +1,27 @@
 """A run's directory: what lies in it, and whose it is.
 
-settings.json (what the run is), log.jsonl (its curves), checkpoint.pt (where it is), best/ (the best model in Hugging
-Face's layout), examples/ (what each example counts), lock (empty: who is at the run holds it, and it stays), and, once
-it is finished, result.json. Each file is whole under its name or not there.
+settings.json (what the run is), log.jsonl (its curves), lock (empty: who is at the run holds it) and
+
+- while it trains: checkpoint-1 and checkpoint-2 (where it is, and where it was at the checkpoint before), each a .json
+  and a .safetensors, and best-UPDATE/, the best model, for each of them;
+- once it is finished: result.json, best/ (the model in Hugging Face's layout), examples/ (what each example counts).
+
+Each file is whole under its name or not there.
 """
 
 import contextlib
+import hashlib
 import json
 import os
+import shutil
 import sys
 
 import numpy as np
-import torch
+from safetensors import safe_open
 
-from data import InputError, whole_file
+from data import InputError, file_sha256, whole_file
+from model import fingerprint, write_tensors
+from paper.finished import read_settings
 from paper.options import differing
 
 try:
@@ -24,6 +32,9 @@ except ImportError:  # Windows has none
 # --- whose it is ---------------------------------------------------------------------------------------------
 
 
+ELSEWHERE = "another folder (--out of `run`, --runs of `make`)"
+
+
 class Taken(InputError):
     """Another process is at this run, or has just finished it."""
 
@@ -32,17 +43,16 @@ def is_finished(out, settings):
     """Whether the run in `out` is finished. Raises InputError if the directory is something else than this run's."""
     file = out / "settings.json"
     if file.is_file():
-        try:
-            there = json.loads(file.read_text(encoding="utf-8"))
-            names = differing(there, settings)
-        except (ValueError, TypeError) as e:
-            raise InputError(f"{file}: not a run's settings ({e}); give another --out") from e
+        there = read_settings(file)
+        names = differing(there, settings)
         if names:
             what = ", ".join(f"{name} {there.get(name)} there and {settings.get(name)} here" for name in names[:3])
-            raise InputError(f"{out} holds a run of other settings ({what}); give another --out")
+            mine = "the --model it began with, or " if "model_sha256" in names else ""
+            raise InputError(f"{out} holds a run of other settings ({what}); give {mine}{ELSEWHERE}, or remove it")
         return is_there(out)
-    if out.is_dir() and any(file.name != "lock" for file in out.iterdir()):
-        raise InputError(f"{out} is not empty and not a run's directory; give another --out")
+    born = ("lock", "settings.json.*.part")  # all that there is of a run whose process was killed as it began
+    if out.is_dir() and not all(any(map(file.match, born)) for file in out.iterdir()):
+        raise InputError(f"{out} is not empty and not a run's directory; give {ELSEWHERE}")
     return False
 
 
@@ -93,18 +103,34 @@ def locked(out):
             pass
         except BlockingIOError:
             os.close(lock)
-            raise Taken(f"{out}: another process is at this run; wait for it, or give another --out") from None
+            raise Taken(f"{out}: another process is at this run; wait for it, or give {ELSEWHERE}") from None
         except OSError as e:
             os.close(lock)
             raise OSError(f"{out}: its file system cannot lock files ({e.strerror}); take another for runs") from e
         os.close(lock)  # another process has removed this file since it was opened
 
 
-def tidy(out):
-    """Removes what a process that was killed has left: halves of files, the checkpoint of a run that is finished. Only
-    for who holds the directory alone."""
-    for left in [*out.rglob("*.part"), *([out / "checkpoint.pt"] if is_there(out) else [])]:
+def tidy(out, discard=False):
+    """Removes what a process that was killed has left: halves of files, and of a run that is finished the checkpoints;
+    its best model becomes `best`, or goes (discard). Only for who holds the directory alone."""
+    for left in [*out.rglob("*.part"), *(out.glob("checkpoint*") if is_there(out) else [])]:
         left.unlink(missing_ok=True)
+    models = sorted(out.glob("best-*")) if is_there(out) else []
+    best = models.pop() if models and not discard else None
+    for model in models:  # those that were the best before go first: the last that is left is the best
+        shutil.rmtree(model)
+    if best:
+        shutil.rmtree(out / "best", ignore_errors=True)
+        os.replace(best, out / "best")
+
+
+def tidy_finished(runs):
+    """The same for those of {directory: Options} that are finished, as nobody starts them again."""
+    for out, options in runs.items():
+        left = ("lock", "checkpoint*", "best-*", "*.part", "examples/*.part")
+        if is_there(out) and any(any(out.glob(name)) for name in left):
+            with contextlib.suppress(Taken, OSError), alone(out):  # (somebody else's, it may be)
+                tidy(out, options.discard)
 
 
 # --- what lies in it -----------------------------------------------------------------------------------------
@@ -141,23 +167,95 @@ def write_counts(out, split, counts):
         np.savez_compressed(file, **counts)
 
 
+def best_model(out, best):
+    """The folder of the best model of a run that trains; `best` is Run.best."""
+    return out / f"best-{best['update']:08}"
+
+
+def drop_models(run):
+    """Removes the models that neither the run nor one of its checkpoints goes by."""
+    needed = [best_model(run.out, best) for best in [run.best, *run.bests.values()] if best]
+    for model in set(run.out.glob("best-*")) - set(needed):
+        shutil.rmtree(model)
+
+
+# --- checkpoints ---------------------------------------------------------------------------------------------
+
+
 def save_checkpoint(run):
-    file = run.out / "checkpoint.pt"
+    """Writes a run's state in place of the checkpoint before the last, which stays. Raises FloatingPointError, and
+    writes nothing, where a weight is not finite."""
+    run.check_finite()
+    tensors, state = run.state_dict()
+    place = 3 - run.place
+    file = run.out / f"checkpoint-{place}.json"
+    file.with_suffix(".safetensors").unlink(missing_ok=True)  # so that a disk holds two at a time, not three
+    with whole_file(file.with_suffix(".safetensors")) as part:
+        state |= {"settings": run.options.settings, "tensors_sha256": write_tensors(tensors, part)}
     with whole_file(file) as part:
-        try:
-            torch.save(run.state_dict(), part)
-        except RuntimeError as e:  # all that torch's writer says of a full disk is "enforce fail ... unexpected pos"
-            raise OSError(f"{file} could not be written: is the disk full?") from e
+        part.write_bytes(sealed(state))
+    run.place, run.bests[place] = place, run.best
+    drop_models(run)
+
+
+def sealed(state):
+    """A state as JSON, in bytes, that ends with the SHA-256 of what stands before."""
+    sha256 = hashlib.sha256(json.dumps(state).encode()).hexdigest()
+    return json.dumps(state | {"sha256": sha256}).encode()
 
 
 def go_on(run):
-    """Takes up the checkpoint of a run that was stopped."""
-    file = run.out / "checkpoint.pt"
-    if not file.is_file():
-        return
+    """Takes up the last checkpoint of a run that was stopped or, where that is damaged, the one before. Raises
+    InputError if there are some and none is whole."""
+    there = [file for place in (1, 2) if (file := run.out / f"checkpoint-{place}.json").is_file()]
+    damaged = []
+    states = {file: state for file in there if (state := attempt(damaged, file, read_state, run))}
+    order = sorted(states, key=lambda file: [states[file]["counts"][name] for name in ("update", "recorded")])
+    while order and not attempt(damaged, order[-1], take_up, run, states[order[-1]]):
+        order.pop()
+    if there and not order:
+        raise InputError(f"{damaged[0]}, and no other is whole: remove {run.out}/checkpoint-*, and the run begins anew")
+    if not there and (run.out / "checkpoint.pt").is_file():
+        raise InputError(f"{run.out}/checkpoint.pt is an earlier version's, which alone can go on from it: remove it, "
+                         "and the run begins anew")  # fmt: skip
+    for file in order:
+        run.place, run.bests[run.place] = int(file.stem[-1]), states[file]["counts"]["best"]
+    if order:
+        print(*(f"{what}: it is left out\n" for what in damaged), sep="", end="", file=sys.stderr)
+        print(f"{run.out}: going on from update {run.update}", file=sys.stderr)
+
+
+def attempt(damaged, file, do, run, *state):
+    """do(run, file, *state), or None where the checkpoint is damaged, which is then noted."""
     try:
-        run.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+        return do(run, file, *state)
+    except MemoryError:
+        raise
     except Exception as e:  # whatever it is that a damaged file provokes
-        what = str(e).splitlines()[0] if str(e) else type(e).__name__
-        raise InputError(f"{file}: not a whole checkpoint ({what}); delete it, and the run begins anew") from e
-    print(f"{run.out}: going on from update {run.update}", file=sys.stderr)
+        what = (str(e).splitlines() or [type(e).__name__])[0]
+        damaged.append(f"{file}: not a whole checkpoint of this run ({what})")
+
+
+def read_state(run, file):
+    """A checkpoint's JSON, of which all holds that can be checked by itself."""
+    content = file.read_bytes()
+    state = json.loads(content)
+    state.pop("sha256")
+    if sealed(state) != content:
+        raise InputError("its SHA-256 is another")
+    if names := differing(state["settings"], run.options.settings):
+        raise InputError(f"it is of other settings: {', '.join(names[:3])}")
+    run.check(state)
+    return state
+
+
+def take_up(run, file, state):
+    """Loads a checkpoint into a run; its tensors and its best model are as they were written."""
+    tensors, best = file.with_suffix(".safetensors"), state["counts"]["best"]
+    if file_sha256(tensors) != state["tensors_sha256"]:
+        raise InputError(f"the SHA-256 of {tensors.name} is another")
+    if best and fingerprint(best_model(run.out, best)) != best["model_sha256"]:
+        raise InputError(f"{best_model(run.out, best).name} is not the model that was saved there")
+    with safe_open(tensors, framework="pt") as f:
+        run.load_state_dict({name: f.get_tensor(name) for name in f.keys()}, state)
+    return True

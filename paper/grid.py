@@ -6,38 +6,21 @@ Runs are shared: slowfast with seed 1 is one run in all the tables. So is the wo
 command each takes the runs that no other is at, on one machine or, in a shared folder, on many (grid.slurm).
 """
 
-import shlex
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 from data import InputError
 from model import read_config
 from paper import options, ranks
+from paper.arguments import TARGETS, TASK_NAMES, options_of_run
 from paper.figures import FIGURES, draw
-from paper.folder import Taken, is_taken, is_there
-from paper.results import TASK_NAMES, described, read_runs, scored_on, setups_of
-from paper.run import start
+from paper.finished import read_log, read_result, read_settings, splits_of
+from paper.folder import Taken, is_taken, is_there, tidy_finished
+from paper.results import described, read_runs, scored_on, setups_of
+from paper.run import digest_of, load_task, resolved, start
 from paper.tables import TITLES, claims_of, paper_table, render, settings_of_table
-
-TARGETS = (*TITLES, *FIGURES)
-
-
-def add_options(parser):
-    """Of `make` and `plan`."""
-    add = parser.add_argument
-    add("targets", nargs="+", metavar="TARGET", choices=(*TARGETS, "tables", "figures"),
-        help=f"{', '.join(TARGETS)}; tables; figures")  # fmt: skip
-    add("--seeds", type=int, nargs="+", default=[1, 2, 3, 4], metavar="N", help="(default: 1 2 3 4)")
-    add("--tasks", nargs="+", choices=TASK_NAMES, default=list(TASK_NAMES), help="these alone (default: all)")
-    add("--setup", default="paper", help="hyper-parameters: paper, small, demo (default: paper)")
-    add("--model", required=True, metavar="DIR", help="as of `run`")
-    add("--data", default="data", metavar="DIR", help="as of `run`")
-    add("--runs", default="runs", metavar="DIR", help="where runs lie (default: runs)")
-    add("--keep", action="store_true", help="keep each run's weights (XLM-R base: 1.1 GB a run)")
-    add("--args", default="", metavar="TEXT", help='further options of `run`, such as "--max-updates 1500"')
-    add("--out", default="report", metavar="DIR", help="where figures go (default: report)")
-
 
 # --- which runs there are to be ------------------------------------------------------------------------------
 
@@ -60,36 +43,94 @@ def planned(args):
     """{directory: Options} of the runs that args.targets need, in the order to run them in: all with the first seed
     before any with the next."""
     depth = read_config(Path(args.model, "config.json")).num_hidden_layers
-    try:
-        more = shlex.split(args.args)
-    except ValueError as e:
-        raise InputError(f"--args {args.args}: {e}") from e
     wanted = [pair for target in targets_of(args) for pair in settings_of_target(target, depth)]
     runs = {}
     for seed in args.seeds:
         for task, settings in wanted:
             if task in args.tasks:
-                run = options_of_run(args, task, settings | {"seed": seed}, more)
+                run = options_of_run(args, task, settings | {"seed": seed})
                 runs.setdefault(run.directory, run)
     return runs
 
 
-def options_of_run(args, task, settings, more):
-    command = [task, "--setup", args.setup, "--model", args.model, "--data", args.data, "--runs", args.runs]
-    command += [*(f"--{k}={v}" for k, v in settings.items()), *more, *([] if args.keep else ["--discard"])]
-    run = options.parse(command)
-    for name, value in (settings | {"out": None}).items():
-        if getattr(run, name) != value:
-            raise InputError(f"--args {args.args}: --{name} is what the tables and figures themselves set")
-    return run
+# --- which of them there are ---------------------------------------------------------------------------------
+
+
+def lacking_of(args, runs):
+    """{directory: whether it is finished, and lacks test sets alone} of the runs that are to be made or completed.
+    Raises InputError where another run lies under the name of one, or one that lacks what cannot be added to it."""
+    known, lacking = {}, {}
+    for folder, run in runs.items():
+        there = said_in(folder)
+        if there:
+            if run.task not in known:  # the runs of a task share what they read
+                known[run.task] = contents_of(run)
+            check_same(folder, run, there, *known[run.task])
+        finished = is_there(folder)
+        check_logged(args, run, there if finished else None)
+        tests = [name for name in known[run.task][1] if name not in splits_of(there)] if finished else []
+        if tests and not any(folder.glob("best*")):
+            raise InputError(f"{folder} was not measured on {', '.join(tests)}, and its weights were not kept: remove "
+                             "it, and the same command runs it again")  # fmt: skip
+        if tests or not finished:
+            lacking[folder] = finished
+    return lacking
+
+
+def said_in(folder):
+    """What a directory says of the run in it, its result or, of one that is not finished, {"settings"}; or None."""
+    if is_there(folder):
+        return read_result(folder / "result.json") | {"folder": folder}
+    settings = folder / "settings.json"
+    return {"settings": read_settings(settings)} if settings.is_file() else None
+
+
+def contents_of(run):
+    """(the settings by which a run knows its data and its model, {test set: its digest})"""
+    _, task = load_task(run)
+    there = resolved(replace(run, precision="fp32"), task, None)
+    settings = {name: getattr(there, name) for name in ("languages", "data_sha256", "model_sha256")}
+    return settings, {name: digest_of(sets.values()) for name, sets in task.tests.items()}
+
+
+def check_same(folder, run, result, settings, tests):
+    """Raises InputError if the run that is there is not the one that would be run, by its settings and by the contents
+    of its data and its model. A precision that is not asked for is the device's, and not compared."""
+    there = {name: f.default for name, f in options.FIELDS.items()} | result["settings"]
+    here = run.settings | settings | ({} if run.precision else {"precision": there["precision"]})
+    odd = [(name, there.get(name), here.get(name)) for name in options.differing(there, here)]
+    digests = {name: result[name].get("data_sha256") for name in tests if name in splits_of(result)}
+    odd += [(f"{name}.data_sha256", digests[name], tests[name]) for name in digests if digests[name] != tests[name]]
+    if odd:
+        what = ", ".join(f"{name} {value} there and {other} here" for name, value, other in odd[:3])
+        raise InputError(f"{folder} holds another run ({what}); give another --runs, or remove it")
+
+
+# rows of figures: what they are in the log, and the option that puts it there
+LOGGED = {"gap (points)": ("gap", "gap_every"), "dev score (%)": ("scores", "gap_every"),
+          "linear CKA": ("cka", "cka_every")}  # fmt: skip
+
+
+def check_logged(args, run, result=None):
+    """Raises InputError if a figure is to show what the log of a finished run has not, or that of this one will not."""
+    for name in targets_of(args):
+        shown = name in FIGURES and run.task in FIGURES[name].tasks and run.method in FIGURES[name].methods
+        for row in (row for row in FIGURES[name].rows if row in LOGGED) if shown else ():
+            key, option = LOGGED[row]
+            if not (any(key in line for line in read_log(result)) if result else getattr(run, option)):
+                raise InputError(
+                    f"{name} shows the {row}, which {run.directory} is without: {'remove it and ' if result else ''}"
+                    f"give --args '--{option.replace('_', '-')} N', N from 1 to the number of its updates"
+                )
 
 
 def plan(args):
     """Prints how many runs the targets need, how many are there, and how many are lacking."""
     runs = planned(args)
+    lacking = lacking_of(args, runs)
     rows = [["task", "runs", "there", "lacking"]]
     for task in (task for task in TASK_NAMES if any(run.task == task for run in runs.values())):
-        there = [is_there(folder) for folder, run in runs.items() if run.task == task]
+        there = [folder not in lacking for folder, run in runs.items() if run.task == task]
         rows.append([TASK_NAMES[task], *(str(n) for n in (len(there), sum(there), len(there) - sum(there)))])
     print(render(rows))
 
@@ -101,10 +142,11 @@ def make(args):
     """Runs what the targets lack, then prints the tables and draws the figures. Returns the exit status: 2 if a run
     diverged."""
     runs, failed, elsewhere = planned(args), [], 0
-    lacking = ranks.first(lambda: [folder for folder in runs if not is_there(folder)])
-    for n, folder in enumerate(lacking, 1):
+    ranks.first(tidy_finished, runs)
+    lacking = ranks.first(lacking_of, args, runs)
+    for n, (folder, tests_alone) in enumerate(lacking.items(), 1):
         there, taken = ranks.first(state_of, folder)
-        if there:  # another process has made it meanwhile
+        if there and not tests_alone:  # another process has made it meanwhile
             continue
         if taken:
             elsewhere += 1
@@ -113,7 +155,7 @@ def make(args):
         try:
             start(runs[folder])
         except Taken:  # while this process was still reading its data another has taken the run, or even made it
-            elsewhere += not ranks.first(is_there, folder)
+            elsewhere += tests_alone or not ranks.first(is_there, folder)
         except FloatingPointError as e:  # it says something of its settings, not of the others
             print(f"paper: {folder}: {e}", file=sys.stderr)
             failed.append(folder)
@@ -161,4 +203,4 @@ def show(targets, setups, out):
 
 def titled(target):
     """ "Table 6. Starting parts of ..." """
-    return f"{target[:-1].capitalize()} {target[-1]}. {TITLES[target] if target in TITLES else FIGURES[target].title}"
+    return f"{target[:-1].capitalize()} {target[-1]}. {TARGETS[target][0]}"

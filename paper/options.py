@@ -8,7 +8,8 @@ An option that is not given has its value from the setup, for the task, or else 
 """
 
 import argparse
-import math
+import os
+import re
 import sys
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
@@ -64,32 +65,44 @@ def option(default, help, *, decides=RESULT, group=None, named=True, **more):
     return field(default=default, metadata=metadata)
 
 
-def whole(least):
-    """An argparse type: an integer of at least `least`."""
-
-    def parse_whole(text):
-        value = int(text)
-        if value < least:
-            raise argparse.ArgumentTypeError(f"{text} is less than {least}")
-        return value
-
-    parse_whole.__name__ = "whole number"
-    return parse_whole
+# --- what an option may be -----------------------------------------------------------------------------------
 
 
-def number(least=-math.inf, most=math.inf, above=False):
-    """An argparse type: a finite number in a range."""
+def checked(pattern, what, read=str, holds=lambda value: True):
+    """A type for argparse: a text that matches a pattern, and whose value holds; `what` says both in words. No other
+    spelling is guessed at, of a number nan, 0x10, 1_000 or " 5"."""
 
-    def parse_number(text):
-        value = float(text)
-        if not math.isfinite(value) or not least <= value <= most or (above and value == least):
-            raise argparse.ArgumentTypeError(f"{text} is out of range")
-        return value
+    def parse_text(text):
+        if re.fullmatch(pattern, text) and holds(value := read(text)):
+            return value
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not {what}")
 
-    parse_number.__name__ = "number"
-    return parse_number
+    parse_text.what = what
+    return parse_text
 
 
+def whole(least, most=10**9):
+    what = f"a whole number from {least} to {most}"
+    return checked("[0-9]{1,19}", what, int, lambda value: least <= value <= most)
+
+
+def number(least, most, above=False):
+    """above: more than `least`."""
+    what = f"a number {'above' if above else 'from'} {least} to {most}"
+    pattern = r"(?i)[+-]?([0-9]+\.?|[0-9]*\.[0-9]+)(e[+-]?[0-9]+)?"
+    return checked(pattern, what, float, lambda value: least <= value <= most and not (above and value == least))
+
+
+NAME = "[a-z][a-z0-9-]*"
+folder = checked(r"(?s)(?=.*\S).+", "the name of a folder")
+names = checked(rf"[\s,]*{NAME}([\s,]+{NAME})*[\s,]*", "a list of names such as en,de",
+                lambda text: ",".join(dict.fromkeys(text.replace(",", " ").split())))  # fmt: skip
+known = ", ".join(name for name in METHODS if "layer-" not in name)
+known_method = checked(".*", f"a method; there are {known}, freeze-layer-i and reinit-layer-i, i from 0 to 23",
+                       holds=METHODS.__contains__)  # fmt: skip
+LONGEST = 8192  # pieces: XLM-R reads 512, its longest relatives this
+SEEDS = whole(0, 2**32 - 1)
+TESTS = {"mlqa": ("test", "xquad", "squad", "test-7x7", "dev-7x7")}  # of the other tasks "test" alone
 POLICIES, TRAINING, MEASURING = "the policies", "training", "measuring"
 
 
@@ -101,36 +114,39 @@ class Options:
     task: str = option(
         None, "xnli: sentence pairs, MultiNLI and XNLI; mlqa: questions, SQuAD and MLQA; ner: named entities, WikiAnn; "
         "qam: does a passage answer a question, XGLUE", named=False, choices=TASKS)
-    method: str = option("slowfast", "one of those below (default: slowfast, the paper's)", named=False, metavar="NAME")
+    method: str = option("slowfast", "one of those below (default: slowfast, the paper's)", named=False,
+                         type=known_method, metavar="NAME")
     seed: int = option(1, "of the head, dropout, order and few-shot draw (paper: 4 seeds)", decides=SEED,
-                       type=whole(0), metavar="N")
+                       type=SEEDS, metavar="N")
     setup: str = option(
         "paper", "hyper-parameters that are not given: paper, Appendix B's; small, for multilingual-e5-small on a CPU; "
         "demo, for the demo's texts (default: paper)", decides=WAY, choices=SETUPS)
     model: str = option(None, "config.json, model.safetensors, sentencepiece.bpe.model of an XLM-R", decides=PLACE,
-                        required=True, metavar="DIR")
-    data: str = option("data", "where the official archives are unpacked (default: data)", decides=PLACE, metavar="DIR")
-    runs: str = option("runs", "where runs lie: DIR/SETUP/TASK/MODEL/METHOD-... (default: runs)", decides=WAY,
+                        type=folder, required=True, metavar="DIR")
+    data: str = option("data", "where the official archives are unpacked (default: data)", decides=PLACE, type=folder,
                        metavar="DIR")
+    runs: str = option("runs", "where runs lie: DIR/SETUP/TASK/MODEL/METHOD-... (default: runs)", decides=WAY,
+                       type=folder, metavar="DIR")
     out: str = option(None, "the run's own directory (default: below --runs, named by what the run is)", decides=WAY,
-                      metavar="DIR")
-    cache: str = option("cache", "tokenised data is kept here (default: cache)", decides=WAY, metavar="DIR")
-    languages: str = option(None, "such as en,de,zh (default: all that the data holds)", metavar="LIST")
-    shots: int = option(0, "few-shot: examples of each other language (paper: 0, 5, 10, 20)", type=whole(0),
+                      type=folder, metavar="DIR")
+    cache: str = option("cache", "tokenised data is kept here (default: cache)", decides=WAY, type=folder,
+                        metavar="DIR")
+    languages: str = option(None, "such as en,de,zh (default: all that the data holds)", type=names, metavar="LIST")
+    shots: int = option(0, "few-shot: examples of each other language (paper: 0, 5, 10, 20)", type=whole(0, 10**6),
                         metavar="M")
     select: str = option("all", "the best model by the mean of all dev sets, or by English, the source (paper: all)",
                          choices=["all", "en"])
     source: str = option("en", "train on this language, where the data have it, and measure the gap from it "
-                         "(paper: en)", metavar="LANG")
+                         "(paper: en)", type=checked(NAME, "a language such as en"), metavar="LANG")
 
-    c1: float = option(0.01, "K of policy I, at most 1 (paper: 0.01)", group=POLICIES, type=number(0), metavar="K")
-    c2: float = option(10.0, "K of policy IV, at least 1 (paper: 10)", group=POLICIES, type=number(0), metavar="K")
+    c1: float = option(0.01, "K of policy I (paper: 0.01)", group=POLICIES, type=number(0, 1), metavar="K")
+    c2: float = option(10.0, "K of policy IV (paper: 10)", group=POLICIES, type=number(1, 1000), metavar="K")
     r: float = option(3.0, "the power in R = max(1 - phi^r, 0) (paper: 3)", group=POLICIES,
-                      type=number(0, above=True), metavar="R")
-    window: int = option(100, "updates a loss is averaged over for phi (paper: 100)", group=POLICIES, type=whole(1),
-                         metavar="N")
+                      type=number(0, 10, above=True), metavar="R")
+    window: int = option(100, "updates a loss is averaged over for phi (paper: 100)", group=POLICIES,
+                         type=whole(1, 10**6), metavar="N")
     threshold: float = option(0.1, "P1: the loss fell by more than this from window to window (paper: 0.1)",
-                              group=POLICIES, type=number(), metavar="X")
+                              group=POLICIES, type=number(0, 100), metavar="X")
     phase: str = option("loss", "P1 by the learning curve (Section 4.1) or as the first part of the run (2.2)",
                         group=POLICIES, choices=["loss", "fraction"])
     fraction: float = option(0.2, "with --phase fraction: this part of the updates (paper: 0.2)", group=POLICIES,
@@ -139,31 +155,32 @@ class Options:
                           group=POLICIES, choices=["on", "off", "auto"])
 
     lr: float = option(None, "the rate at the end of the warm-up (paper: 5e-6; MLQA 3e-5; small models want 5e-5)",
-                       group=TRAINING, type=number(0), metavar="X")
-    batch_size: int = option(None, "examples an update (paper: 32; MLQA 12)", group=TRAINING, type=whole(1),
+                       group=TRAINING, type=number(0, 1), metavar="X")
+    batch_size: int = option(None, "examples an update (paper: 32; MLQA 12)", group=TRAINING, type=whole(1, 10**5),
                              metavar="N")
     epochs: int = option(None, "passes over the training set (paper: XNLI 10, MLQA 2, NER 20, QAM 1)", group=TRAINING,
-                         type=whole(1), metavar="N")
+                         type=whole(1, 10**5), metavar="N")
     max_updates: int = option(None, "end after this many updates; warm-up and decay fit themselves to it",
                               group=TRAINING, type=whole(1), metavar="N")
     warmup: float = option(0.1, "the rate rises over this part of the updates (default: 0.1)", group=TRAINING,
                            type=number(0, 1), metavar="F")
     clip: float = option(1.0, "the gradient's norm is cut at this, 0 for never (default: 1)", group=TRAINING,
-                         type=number(0), metavar="X")
+                         type=number(0, 10**6), metavar="X")
     dropout: float = option(None, "of hidden states (default: as the model's config.json says, 0.1)", group=TRAINING,
                             type=number(0, 0.99), metavar="P")
     attention_dropout: float = option(
         None, "of attention weights (default: as config.json says, 0.1); 0 is faster on a CPU", group=TRAINING,
         type=number(0, 0.99), metavar="P")
     max_length: int = option(None, "pieces the model reads at once (paper: 128; MLQA 384)", group=TRAINING,
-                             type=whole(5), metavar="N")
+                             type=whole(5, LONGEST), metavar="N")
     stride: int = option(None, "mlqa: pieces from window to window of a context that is longer (paper: 128)",
-                         group=TRAINING, type=whole(1), metavar="N")
-    max_question: int = option(None, "mlqa: pieces of a question (paper: 64)", group=TRAINING, type=whole(1),
+                         group=TRAINING, type=whole(1, LONGEST), metavar="N")
+    max_question: int = option(None, "mlqa: pieces of a question (paper: 64)", group=TRAINING, type=whole(1, LONGEST),
                                metavar="N")
     micro_batch: int = option(None, "compute this many examples at a time, if memory is short", decides=WAY,
-                              group=TRAINING, type=whole(1), metavar="N")
-    device: str = option(None, "cpu, cuda, cuda:1 (default: cuda if there is one)", decides=WAY, group=TRAINING)
+                              group=TRAINING, type=whole(1, 10**5), metavar="N")
+    device: str = option(None, "cpu, cuda, cuda:1 (default: cuda if there is one)", decides=WAY, group=TRAINING,
+                        type=checked("cpu|cuda(:[0-9]{1,2})?", "a device: cpu, cuda or cuda:N"), metavar="NAME")
     precision: str = option(None, "of the matrix products (default: bf16 where the device is fast at it)", named=False,
                             group=TRAINING, choices=["bf16", "fp32"])
     replay: bool = option(
@@ -193,7 +210,7 @@ class Options:
                               group=MEASURING, type=whole(1), metavar="N")
     tests: str = option(
         "test", "test sets at the end, and of a run that is finished (default: test; mlqa has xquad, squad, test-7x7 "
-        "and dev-7x7 too)", decides=WAY, group=MEASURING, metavar="LIST")
+        "and dev-7x7 too)", decides=WAY, group=MEASURING, type=names, metavar="LIST")
     discard: bool = option(False, "remove the best model's weights once it is tested (XLM-R base: 1.1 GB a run)",
                            decides=WAY, group=MEASURING, action="store_true")
 
@@ -240,8 +257,19 @@ def differing(settings, others, kinds=(RESULT, SEED)):
 class OneLineParser(argparse.ArgumentParser):
     """Says what is wrong with an option in one line."""
 
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self._negative_number_matcher = re.compile(r"-(\d|\.\d|inf|nan)", re.I)  # its own takes -1e-5 for an option
+
+    def parse_known_args(self, args=None, namespace=None):
+        for arg in args or ():
+            if arg.startswith("--") and arg.endswith("=--"):  # of which some versions of argparse make []
+                self.error(f"argument {arg[:-3]}: expected one argument")
+        return super().parse_known_args(args, namespace)
+
     def error(self, message):
-        print(f"paper: {message} (--help tells more)", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # of the processes that torchrun starts one speaks
+            print(f"paper: {' '.join(message.split())} (--help tells more)", file=sys.stderr)
         sys.exit(2)
 
 
@@ -256,7 +284,9 @@ def add_options(parser):
             groups[heading] = parser.add_argument_group(heading)
         flags = ["task"] if f.name == "task" else [f"--{f.name.replace('_', '-')}"]
         default = {} if f.name == "task" or f.default is MISSING else {"default": f.default}
-        groups[heading].add_argument(*flags, help=f.metadata["help"], **default, **f.metadata["more"])
+        what = getattr(f.metadata["more"].get("type"), "what", "")
+        about = f.metadata["help"] + (f": {what}" if "number" in what else "")
+        groups[heading].add_argument(*flags, help=about, **default, **f.metadata["more"])
     groups[MEASURING].add_argument("--no-test", action="store_const", const="", dest="tests", help="no test sets")
 
 
@@ -277,10 +307,27 @@ def parse(argv=None):
     given, _ = parser.parse_known_args(argv)
     parser.set_defaults(**TASKS[given.task] | SETUPS[given.setup].get(given.task, {}))
     options = Options(**vars(parser.parse_args(argv)))
-    for name in ("stride", "max_question"):
-        if name not in TASKS[options.task] and getattr(options, name) is not None:
-            parser.error(f"--{name.replace('_', '-')} is an option of mlqa, not of {options.task}")
-    if options.method not in METHODS:
-        known = ", ".join(m for m in METHODS if "layer-" not in m)
-        parser.error(f"unknown method {options.method!r}; there are {known}, freeze-layer-i and reinit-layer-i")
+    if wrong := clash(options):
+        parser.error(wrong)
     return options
+
+
+def clash(o):
+    """What options say that does not go together, or None."""
+    for name in ("stride", "max_question"):
+        if name not in TASKS[o.task] and getattr(o, name) is not None:
+            return f"--{name.replace('_', '-')} is an option of mlqa, not of {o.task}"
+    known = TESTS.get(o.task, ("test",))
+    for name in filter(None, o.tests.split(",")):
+        if name not in known:
+            return f"--tests {o.tests}: {o.task} has no test set {name!r}; there are {', '.join(known)}"
+    if o.task == "mlqa" and o.source != "en":
+        return f"--source {o.source}: question answering is trained on SQuAD, which is English"
+    if o.languages and o.source not in o.languages.split(","):
+        return f"--languages {o.languages} lacks {o.source}, the source: the gap is measured from it"
+    if o.task == "mlqa" and (room := o.max_length - 4 - o.max_question) < o.stride:
+        what = f"{max(room, 0)} pieces for the context beside a question of --max-question {o.max_question}"
+        return (
+            f"--max-length {o.max_length} leaves {what}, fewer than the --stride {o.stride}: some would never be seen"
+        )
+    return None

@@ -6,6 +6,7 @@
 Runs are grouped by the folder that they lie in, below the one that is given; its NOTES.md says how they were made.
 """
 
+import json
 import re
 import statistics
 import textwrap
@@ -14,6 +15,7 @@ from pathlib import Path
 from data import InputError, whole_file
 from paper.bench import speed
 from paper.figures import caption_of, draw, shows
+from paper.finished import read_text
 from paper.grid import FIGURES, TITLES, titled
 from paper.methods import METHODS
 from paper.options import TASKS
@@ -31,13 +33,6 @@ from paper.tables import (
 )
 
 
-def add_options(parser):
-    add = parser.add_argument
-    add("runs", nargs="+", help="folders of runs, searched for result.json")
-    add("--out", default="report", metavar="DIR", help="where report.md and its figures go (default: report)")
-    add("--readme", metavar="FILE", help="the page is DIR/README.md; fill the marked blocks of this file too")
-
-
 def report(args):
     """Writes the page and its figures into a folder, and the blocks of a README."""
     groups, out = groups_of(args.runs), Path(args.out)
@@ -47,6 +42,7 @@ def report(args):
         setups = [setup for _, of_group in groups.values() for setup in of_group]
         blocks = {"does it work": does_it_work(setups), "demo": demo(setups)}
         blocks["speed"] = speed(Path(args.runs[0]) / "bench")
+        blocks["promises"] = promises(Path(args.runs[0]) / "soak.json")
         written[Path(args.readme)] = with_blocks(Path(args.readme), blocks)
     out.mkdir(parents=True, exist_ok=True)
     written[page] = "\n".join(page_of(groups, out)).rstrip() + "\n"
@@ -85,7 +81,7 @@ def page_of(groups, out):
     ]  # fmt: skip
     for name, (folder, setups) in groups.items():
         notes = folder / "NOTES.md"
-        lines += [f"## {name}", "", *(notes.read_text(encoding="utf-8").splitlines() if notes.is_file() else []), ""]
+        lines += [f"## {name}", "", *(read_text(notes).splitlines() if notes.is_file() else []), ""]
         lines += [*methods_of(setups), *unfinished(folder), *figures_of(name, setups, out)]
         for setup in setups:
             lines += section(setup)
@@ -157,7 +153,7 @@ def summary_table(setup):
 
 def with_blocks(file, blocks):
     """The text of a file with each block between its marks. Raises InputError if a mark is not there."""
-    text = file.read_text(encoding="utf-8")
+    text = read_text(file)
     for name, lines in blocks.items():
         first, last = f"<!-- {name}: written by make results -->", f"<!-- end of {name} -->"
         found = re.search(rf"^{first}\n(.*?)^{last}$", text, re.M | re.S)
@@ -197,6 +193,18 @@ def demo(setups):
     said = [f"`{x}` mean {mean_of(setup, s, 'mean')}, gap {mean_of(setup, s, 'gap')}" for x, s in setup.rows.items()]
     seeds = len({run["seed"] for run in setup.runs})
     return ["```text", text, "```", "", *wrapped(f"Over {seeds} seeds: {'; '.join(said)};", *differences(setup))]
+
+
+def promises(file):
+    """What `make soak` tried, a row a promise, of the file that it wrote."""
+    if not file.is_file():
+        return ["Nothing was tried yet: `make soak`."]
+    found = json.loads(read_text(file))
+    rows = [["promise", "tried", "held", "failed"]]
+    rows += [[p["what"], *(f"{p[name]:,}" for name in rows[0][1:])] for p in found["promises"]]
+    about = f"{found['machine']['cores']} CPU cores, {found['seconds'] / 60:.0f} minutes, seed {found['seed']}"
+    unfinished = "" if found["complete"] else " It was stopped before its end."
+    return [render(rows, markdown=True), "", *wrapped(f"`make soak`: {about}.{unfinished}")]
 
 
 def mean_of(setup, settings, quantity):

@@ -16,19 +16,18 @@ import numpy as np
 
 from data import MLQA_LANGUAGES, NER_LANGUAGES, SOURCE, InputError
 from eval import MEASURES, summary
+from paper.arguments import TASK_NAMES, VARIED
+from paper.finished import read_counts, read_result, source_of, splits_of
 from paper.methods import METHODS
 from paper.options import FIELDS, RESULT, decides
 
 # {table: {row: {column: [mean, standard deviation over 4 seeds]}}}: Tables 1 to 8 of the paper, as printed
 PAPER = json.loads(Path(__file__).with_name("numbers.json").read_text(encoding="utf-8"))
 PAPER.pop("about")
-TASK_NAMES = {"xnli": "XNLI", "ner": "NER", "mlqa": "MLQA", "qam": "QAM"}  # in the paper's order
 # The languages that the paper's averages are over.
 PAPER_LANGUAGES = {
     "xnli": list(PAPER["table7"]["df"]), "ner": NER_LANGUAGES, "mlqa": list(MLQA_LANGUAGES), "qam": ["de", "en", "fr"],
 }  # fmt: skip
-# What tables vary, and what it is where a row does not name it: all other settings of a run are its setup's.
-VARIED = {"method": "slowfast", "shots": 0, "c1": 0.01, "c2": 10.0, "r": 3.0}
 
 # --- runs ----------------------------------------------------------------------------------------------------
 
@@ -39,26 +38,16 @@ def read_runs(folders):
     files = sorted({file for folder in folders for file in Path(folder).rglob("result.json")})
     if not files:
         raise InputError(f"no result.json under {', '.join(map(str, folders))}: no run has finished there")
-    return [read_result(file) for file in files]
-
-
-def read_result(file):
-    try:
-        run = json.loads(file.read_text(encoding="utf-8")) | {"folder": file.parent}
-        for key in ("task", "method", "seed", "shots", "model", "data", "lr", "batch_size"):
-            run["settings"][key]
-        for key in ("seed", "updates", "updates_in_first_phase", "seconds", "device"):
-            run[key]
-        for split in ("dev", *splits_of(run)):
-            summary(run[split]["scores"], source_of(run))
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise InputError(f"{file}: not a run's result ({type(e).__name__}: {e})") from e
-    return run
-
-
-def splits_of(run):
-    """The names of the sets that a run was measured on."""
-    return [name for name, value in run.items() if isinstance(value, dict) and "scores" in value]
+    runs, damaged = [], []
+    for file in files:
+        try:
+            runs.append(read_result(file) | {"folder": file.parent})
+        except InputError as e:
+            damaged.append(str(e))
+    if damaged:
+        more = f"; {len(damaged) - 1} more of these {len(files)} runs are damaged" if damaged[1:] else ""
+        raise InputError(damaged[0] + more)
+    return runs
 
 
 def scores_of(run, split, measure=None):
@@ -66,26 +55,6 @@ def scores_of(run, split, measure=None):
     entry = run[split] if split in splits_of(run) else {}
     scores = entry.get("scores" if measure in (None, entry.get("measure", "accuracy")) else measure)
     return scores if isinstance(scores, dict) else None
-
-
-def source_of(run):
-    return run["settings"].get("source", SOURCE)
-
-
-def read_log(run):
-    """The lines of a run's log.jsonl, dicts. Raises InputError if it is broken."""
-    return log_of(run["folder"] / "log.jsonl")
-
-
-@functools.cache
-def log_of(file):
-    try:
-        lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-        for line in lines:
-            line["update"]
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise InputError(f"{file}: not a run's log ({type(e).__name__}: {e})") from e
-    return lines
 
 
 # --- setups --------------------------------------------------------------------------------------------------
@@ -226,7 +195,7 @@ def difference(setup, a, b, quantity):
     if len(seeds) > 1:
         margin = students_t(len(seeds) - 1) * statistics.stdev(differences) / len(seeds) ** 0.5
         return mean, mean - margin, mean + margin
-    drawn = [resampled(setup.seeds(s)[seeds[0]]["folder"], setup.split, setup.task, setup.measure) for s in (a, b)]
+    drawn = [resampled(*examples_of(setup.seeds(s)[seeds[0]], setup.split), setup.task, setup.measure) for s in (a, b)]
     if None in drawn:
         return mean, None, None
     one, other = (quantity_of(scores, quantity, source_of(setup.runs[0])) for scores in drawn)
@@ -241,22 +210,24 @@ def students_t(freedom):
     return float(scipy.stats.t.ppf(0.975, freedom))
 
 
+def examples_of(run, split):
+    """(the file with what each example of a split counts, the scores that these come to, pairs)"""
+    return run["folder"] / "examples" / f"{split}.npz", tuple(run[split]["scores"].items())
+
+
 @functools.lru_cache(maxsize=200)
-def resampled(folder, split, task, measure=None):
+def resampled(file, scores, task, measure=None):
     """{language: (DRAWS,) scores} of a run's predictions, on as many sets of examples drawn with replacement; None if
-    the run did not keep what each example counts."""
-    file = folder / "examples" / f"{split}.npz"
-    if not file.is_file():
+    the run did not keep what each example counts, or by this measure nothing."""
+    if not file.exists():
         return None
     found = {}
-    try:
-        with np.load(file, allow_pickle=False) as counts:
-            for language in counts:
-                of_examples, n = counts[language].astype(np.float32), len(counts[language])
-                scores = MEASURES[task].scores(draws(n) @ of_examples, n)
-                found[language] = scores[measure or next(iter(scores))]
-    except Exception as e:  # numpy has no one error for a damaged file
-        raise InputError(f"{file}: damaged ({type(e).__name__}: {e}); remove it and measure the run again") from e
+    for language, of_examples in read_counts(file, task, dict(scores)).items():
+        n = len(of_examples)
+        drawn = MEASURES[task].scores(draws(n) @ of_examples, n)
+        if measure and measure not in drawn:
+            return None
+        found[language] = drawn[measure or next(iter(drawn))]
     return found
 
 

@@ -1,9 +1,9 @@
 """One run, from its options to its result.json.
 
-A run is its directory: settings.json (what it is), log.jsonl (its curves), checkpoint.pt (where it is), best/ (the best
-model in Hugging Face's layout) and, once it is finished, result.json. Update t is followed by what is due at t: a line
-of the log, the gap, an evaluation. What is due is first measured and then recorded, in one go that nothing interrupts,
-so that a checkpoint is always either before or after it: a run that was stopped ends like one that was not.
+A run is its directory: settings.json (what it is), log.jsonl (its curves), checkpoints (where it is), the best model in
+Hugging Face's layout and, once it is finished, result.json. Update t is followed by what is due at t: a line of the
+log, the gap, an evaluation. What is due is first measured and then recorded, in one go that nothing interrupts, so that
+a checkpoint is always either before or after it: a run that was stopped ends like one that was not.
 
 From top to bottom: a run while it trains, the loop around its updates, what is due after one, its start and its end.
 folder.py has the files of its directory, progress.py what it shows.
@@ -12,11 +12,9 @@ folder.py has the files of its directory, progress.py what it shows.
 import copy
 import dataclasses
 import hashlib
-import json
 import math
 import os
 import platform
-import shutil
 import signal
 import time
 from pathlib import Path
@@ -27,12 +25,15 @@ import torch
 import data
 import model as xlmr
 import slowfast
-from data import InputError, collate, epoch_batches, file_sha256
+from data import InputError, collate, epoch_batches
 from eval import MEASURES, count, report, scored, similarity
-from paper import fast, ranks
+from paper import fast, ranks, starts
+from paper.finished import read_result
 from paper.folder import (
     Taken,
     alone,
+    best_model,
+    drop_models,
     go_on,
     is_finished,
     save_checkpoint,
@@ -41,7 +42,6 @@ from paper.folder import (
     write_json,
     write_log,
 )  # fmt: skip
-from paper.methods import METHODS
 from paper.progress import Progress, name_of_device, print_scores
 
 try:
@@ -61,11 +61,14 @@ class Run:
         self.lengths = task.train.lengths
         self.batches_per_epoch = math.ceil(len(self.lengths) / o.batch_size)
         self.total = min(o.epochs * self.batches_per_epoch, o.max_updates or math.inf)
-        self.method = METHODS[o.method].policies
+        self.method = starts.policies_of(o.method)
         self.optimizer = slowfast.Adam(slowfast.param_groups(model), lr=o.lr)
         self.do_update = fast.update_for(o, model, self.optimizer, device)
-        schedule = slowfast.warmup_then_decay(self.total, o.warmup)
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, schedule)
+        self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        for p in self.trained.values():  # as Adam begins: so a checkpoint holds the same tensors from the first on
+            self.optimizer.state[p] |= {"step": 0, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        self.schedule = slowfast.warmup_then_decay(self.total, o.warmup)
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self.schedule)
         try:
             self.policies = slowfast.SlowFast(
                 self.optimizer, o.c1, o.c2, o.r, method=self.method, window=o.window, threshold=o.threshold,
@@ -75,45 +78,107 @@ class Run:
             raise InputError(f"--method {o.method}: {e}") from e
         self.labelled = task.train.labelled  # of each window: pairs, tokens, or ends of answers
         self.gap_sets = fixed_part(task.dev, o.gap_examples)
+        self.fixed = self.windows(0)  # what policy IV compares layers on, a function of the seed alone
         self.update = 0
         self.recorded = 0  # the update up to which all that was due is recorded
-        self.best = None  # {"update", "scores", ...}: the report of the dev sets of the best model
+        self.best = None  # {"update", "model_sha256", "scores", ...}: the report of the dev sets of the best model
+        self.dev_counts = {}  # of it: what eval.count found
         self.gap = self.lr = None
         self.losses = []  # since the last line of the log
         self.log_bytes = 0
         self.tokens, self.training_seconds = 0, 0.0
         self.began = time.monotonic()  # moved back by the time that earlier sessions took
         self.saved = time.monotonic()  # when the last checkpoint was written
+        self.place, self.bests = 2, {}  # which of the two it is, and {which: the best model that it goes by}
 
-    COUNTS = ("update", "recorded", "best", "gap", "lr", "losses", "log_bytes", "tokens", "training_seconds", "seconds")
+    # what a checkpoint holds besides tensors, and of which type; those that are OPEN are None at first
+    COUNTS = {"update": int, "recorded": int, "best": dict, "gap": float, "lr": float, "losses": list, "log_bytes": int,
+              "tokens": int, "training_seconds": float, "seconds": float}  # fmt: skip
+    OPEN = ("best", "gap", "lr")
 
     @property
     def seconds(self):
         return time.monotonic() - self.began
 
+    @property
+    def selected_by(self):
+        """What the best model is best in: the mean over all languages' dev sets, or the source's (Appendix B)."""
+        return "mean" if self.options.select == "all" else "source"
+
+    def moments(self):
+        """{name: tensor} of Adam's two moments of all weights that train."""
+        kinds = ("exp_avg", "exp_avg_sq")
+        return {f"{kind}.{name}": self.optimizer.state[p][kind] for kind in kinds for name, p in self.trained.items()}
+
+    def check_finite(self):
+        """Raises FloatingPointError where a weight or a moment is not finite: nothing is measured or kept of it."""
+        tensors = self.trained | self.moments()
+        # (tensors, 2); NaN is both the least and the greatest. On a CPU 60 ms of 650 MB; isfinite() takes two seconds.
+        ends = torch.stack([torch.stack(t.detach().aminmax()) for t in tensors.values()])
+        finite = ends.isfinite().all(1).tolist()
+        if not all(finite):
+            raise FloatingPointError(f"update {self.update}: {list(tensors)[finite.index(False)]} is not finite")
+
+    def tensors(self):
+        """{name: tensor} of the model's state, in which the word embeddings are whole, and of the moments."""
+        return {f"model.{name}": w for name, w in self.model.state_dict().items()} | self.moments()
+
     def state_dict(self):
-        return {
+        """(tensors by name, all else as JSON has it) of what changes while a run trains."""
+        dev = {f"dev.{language}": torch.from_numpy(counts) for language, counts in self.dev_counts.items()}
+        return self.tensors() | dev, {
             "counts": {name: getattr(self, name) for name in self.COUNTS},
             "policies": self.policies.state_dict(),
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
-            "random": torch.get_rng_state(),
-            "random_cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+            "steps": [self.optimizer.state[p]["step"] for p in self.trained.values()],
+            "random": torch.get_rng_state().tolist(),
+            "random_cuda": torch.cuda.get_rng_state(self.device).tolist() if self.device.type == "cuda" else None,
         }
 
-    def load_state_dict(self, state):
+    def check(self, state):
+        """Raises InputError where the second part of a state_dict() cannot be this run's."""
+        counts, policies, steps = state["counts"], state["policies"], state["steps"]
+        t, best, window = counts["update"], counts["best"], self.policies.curve.window
+        updates = [t, counts["recorded"], policies["updates"], policies["updates_in_first_phase"], *steps]
+        losses = [*counts["losses"], *policies["losses"], *policies["similarities"]]
+        types = counts.keys() == self.COUNTS.keys() and all(
+            type(x) is self.COUNTS[name] or (x is None and name in self.OPEN) for name, x in counts.items()
+        )
+        fits = {
+            "types": types and len(steps) == len(self.trained),
+            "updates": all(type(n) is int and 0 <= n <= t for n in updates) and policies["updates"] == t <= self.total,
+            "sums": types and min(counts[name] for name in ("log_bytes", "tokens", "training_seconds", "seconds")) >= 0,
+            "losses": types and len(policies["losses"]) == min(t, 2 * window) and all(type(x) is float for x in losses),
+            "best model": types and (best is None or (type(best["update"]) is int and 0 < best["update"] <= t
+                                                      and type(best[self.selected_by]) is float)),
+        }  # fmt: skip
+        for what in (what for what, fit in fits.items() if not fit):
+            raise InputError(f"its {what} cannot be this run's")
+
+    def load_state_dict(self, tensors, state):
+        """Goes on from a state_dict(), the second part of which is checked. Raises InputError where a tensor is missing
+        or unknown, or of another type or shape, and has then changed nothing."""
+        dev = {name[4:]: tensors.pop(name).clone().numpy() for name in [*tensors] if name.startswith("dev.")}
+        there, here = ({name: f"{t.dtype} of {tuple(t.shape)}" for name, t in of.items()}
+                       for of in (tensors, self.tensors()))  # fmt: skip
+        for name, _ in sorted(there.items() ^ here.items()):
+            raise InputError(f"{name} is {there.get(name, 'missing')}, this run's {here.get(name, 'missing')}")
+        sets = self.task.dev if state["counts"]["best"] else {}
+        if {x: len(counts) for x, counts in dev.items()} != {x: len(examples) for x, examples in sets.items()}:
+            raise InputError("its best model was measured on other dev sets")
         counts = dict(state["counts"])
-        self.began = time.monotonic() - counts.pop("seconds")
+        self.began, self.dev_counts = time.monotonic() - counts.pop("seconds"), dev
         for name, value in counts.items():
             setattr(self, name, value)
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
+        self.model.load_state_dict({name[6:]: w for name, w in tensors.items() if name.startswith("model.")})
+        for name, moment in self.moments().items():
+            moment.copy_(tensors[name])
+        for p, step in zip(self.trained.values(), state["steps"]):
+            self.optimizer.state[p]["step"] = step
         self.policies.load_state_dict(state["policies"])
-        torch.set_rng_state(state["random"])
-        if state["random_cuda"] is not None and self.device.type == "cuda":
-            torch.cuda.set_rng_state(state["random_cuda"], self.device)
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self.schedule, self.update - 1)
+        torch.set_rng_state(torch.tensor(state["random"], dtype=torch.uint8))
+        if state["random_cuda"] and self.device.type == "cuda":
+            torch.cuda.set_rng_state(torch.tensor(state["random_cuda"], dtype=torch.uint8), self.device)
 
     def windows(self, update):
         """The indices of the training windows of an update (counted from 0): a function of the seed alone, so that a
@@ -248,6 +313,7 @@ def reads_c2(method):
 
 def measure(run, due, show):
     """What is due, measured: (what the line of the log holds besides, (report of the dev sets, counts) or None)."""
+    ranks.together(run.check_finite)
     entry, evaluation = {}, None
     if due & {"similarity", "policy4"}:
         entry["cka"] = ranks.first(similarity_of, run)
@@ -261,8 +327,10 @@ def measure(run, due, show):
 
 
 def similarity_of(run):
-    """CKA of each layer with the pre-trained model's, on the batch of the update that has just been done."""
-    input_ids, _ = collate(run.task.train, run.windows(run.update - 1))
+    """CKA of each layer with the pre-trained model's, on the batch of the update that has just been done; with
+    --policy4 auto always on the run's first batch: from batch to batch CKA differs more than from time to time."""
+    windows = run.fixed if run.options.policy4 == "auto" else run.windows(run.update - 1)
+    input_ids, _ = collate(run.task.train, windows)
     return similarity(run.model, run.reference, input_ids.to(run.device))
 
 
@@ -285,17 +353,20 @@ def record(run, due, entry, evaluation):
         run.losses.clear()
     if evaluation:
         found, counts = evaluation
-        # what the best model is best in: the mean over all languages' dev sets, or the source's (Appendix B)
-        by = "mean" if run.options.select == "all" else "source"
-        if run.best is None or found[by] > run.best[by]:
-            run.best = {"update": run.update, **found}
-            ranks.first(keep_best, run, counts)
+        if run.best is None or found[run.selected_by] > run.best[run.selected_by]:
+            best = {"update": run.update}
+            run.best = best | {"model_sha256": ranks.first(keep_best, run, best), **found}
+            run.dev_counts = counts
+            ranks.first(drop_models, run)
     run.recorded = run.update
 
 
-def keep_best(run, counts):
-    write_counts(run.out, "dev", counts)
-    xlmr.save(run.model, run.out / "best", tokenizer=Path(run.options.model, "sentencepiece.bpe.model"))
+def keep_best(run, best):
+    """Saves the model as the best; returns its SHA-256. The one that was the best stays as long as a checkpoint goes by
+    it: what is trained again from there may be another, on a GPU or another number of processes."""
+    folder = best_model(run.out, best)
+    xlmr.save(run.model, folder, tokenizer=Path(run.options.model, "sentencepiece.bpe.model"))
+    return xlmr.fingerprint(folder)
 
 
 # --- from the start to the end -------------------------------------------------------------------------------
@@ -310,7 +381,7 @@ def start(options):
     out = options.directory
     if ranks.first(is_finished, out, options.settings):
         with ranks.held(alone(out)):
-            ranks.first(tidy, out)
+            ranks.first(tidy, out, options.discard)
             test_finished(options, task, device)
         return
     run = ranks.together(new_run, options, tokenizer, task, device)
@@ -322,6 +393,7 @@ def start(options):
         if len(set(ranks.gathered(run.update))) > 1:
             raise InputError(f"{out}: the machines do not see the same checkpoint there; runs must lie in a folder "
                              "that they share")  # fmt: skip
+        ranks.first(drop_models, run)
         ranks.draw_apart(options.seed, run.update)
         with Progress(run) as show:
             fit(run, show)
@@ -362,15 +434,13 @@ def load_task(options):
 def resolved(options, task, device):
     """The options with what they leave open: where the run lies, its languages, its precision, and the digests by which
     it knows its data and its model."""
-    files = [Path(options.model, "config.json"), *sorted(Path(options.model).glob("*.safetensors"))]
-    weights = "".join(file_sha256(file) for file in files if file.is_file())
     return dataclasses.replace(
         options,
         out=str(options.directory),
         languages=sorted(task.dev),
         precision=options.precision or fast_precision(device),
         data_sha256=digest_of([task.train, *task.dev.values()]),
-        model_sha256=hashlib.sha256(weights.encode()).hexdigest(),
+        model_sha256=xlmr.fingerprint(options.model),
     )
 
 
@@ -413,18 +483,18 @@ def new_run(options, tokenizer, task, device):
     dropout = {name: p for name, p in dropout.items() if p is not None}
     model = xlmr.load(o.model, task.labels, xlmr.HEADS[o.task], **dropout)
     model.precision = o.precision
-    check_fit(model.config, tokenizer, task)
+    check_fit(o, model.config, tokenizer, task)
     similar = o.cka_every or o.policy4 == "auto"
     reference = copy.deepcopy(model.roberta).eval().to(device) if similar else None
     try:
-        METHODS[o.method].start(model)
+        starts.start(o.method, model)
     except ValueError as e:
         raise InputError(f"--method {o.method}: {e}") from e
     model.roberta.train_rows(torch.from_numpy(task.train.ids).long().unique())
     return Run(o, task, model.to(device), reference, device)
 
 
-def check_fit(config, tokenizer, task):
+def check_fit(options, config, tokenizer, task):
     """Raises InputError where a model has too few rows for the tokeniser's pieces or for the length of an example."""
     if tokenizer.vocab_size > config.vocab_size:
         raise InputError(f"the tokeniser has {tokenizer.vocab_size} pieces and the model a vocab_size of "
@@ -433,7 +503,18 @@ def check_fit(config, tokenizer, task):
     longest = max(int(part.lengths.max()) for part in sets)
     room = config.max_position_embeddings - 2
     if longest > room:
-        raise InputError(f"an example has {longest} pieces, the model positions for {room}: give --max-length {room}")
+        raise InputError(f"an example has {longest} pieces, the model positions for {room}: {shorter(options, room)}")
+
+
+def shorter(o, room):
+    """The options that make examples of at most `room` pieces."""
+    given = {"max_length": room}
+    if o.task == "mlqa" and room - 4 - o.max_question < o.stride:
+        question = min(o.max_question, (room - 4) // 2)
+        given |= {"max_question": question, "stride": min(o.stride, room - 4 - question)}
+    if room < 5 or min(given.values()) < 1:
+        return "no option makes them so short; take another model"
+    return "give " + " ".join(f"--{name.replace('_', '-')} {n}" for name, n in given.items())
 
 
 def fixed_part(dev, examples):
@@ -446,7 +527,8 @@ def fixed_part(dev, examples):
 
 def finish(run):
     """Tests the best model and writes result.json; from then on the run is finished."""
-    ranks.first(write_result, run, tested(run.options, run.task, run.device))
+    folder = best_model(run.out, run.best)
+    ranks.first(write_result, run, tested(run.options, run.task, run.device, folder, run.best))
 
 
 def write_result(run, tests):
@@ -465,10 +547,9 @@ def write_result(run, tests):
         "device": name_of_device(run.device),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
     }  # fmt: skip
+    write_counts(run.out, "dev", run.dev_counts)
     write_json(run.out / "result.json", result)
-    (run.out / "checkpoint.pt").unlink(missing_ok=True)
-    if o.discard:
-        shutil.rmtree(run.out / "best")
+    tidy(run.out, o.discard)
     print_scores(result)
     print(f"{run.out}: finished; {run.policies.updates_in_first_phase} of {run.total} updates were in P1")
 
@@ -480,14 +561,16 @@ def peak_memory(device):
     return resource and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
 
 
-def tested(options, task, device):
-    """{name of a test set: report} of the best model, as far as the task has test sets."""
+def tested(options, task, device, folder, best):
+    """{name of a test set: report} of the best model, which lies in `folder`, as far as the task has test sets."""
     out = options.directory
     if not task.tests:
         return {}
-    if not (out / "best").is_dir():
+    if not folder.is_dir():
         raise InputError(f"{out}: its weights were not kept (--discard); remove it to run it again")
-    model = ranks.together(xlmr.load, out / "best", head=xlmr.HEADS[options.task]).to(device)
+    if best.get("model_sha256") not in (None, ranks.first(xlmr.fingerprint, folder)):  # None: a run of long ago
+        raise InputError(f"{folder}: not the model that was saved there; remove {out} to run it again")
+    model = ranks.together(xlmr.load, folder, head=xlmr.HEADS[options.task]).to(device)
     model.precision = options.precision
     found = {}
     for name, sets in task.tests.items():
@@ -500,16 +583,11 @@ def tested(options, task, device):
 def test_finished(options, task, device):
     """Adds to the result of a finished run the test sets that it was not measured on yet."""
     out = options.directory
-    try:
-        result = json.loads((out / "result.json").read_text(encoding="utf-8"))
-        result["dev"]["scores"]
-        counted = {name for name in task.tests if (out / "examples" / f"{name}.npz").is_file()}
-        task.tests = {name: sets for name, sets in task.tests.items() if not (result.get(name) and name in counted)}
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        what = f"{type(e).__name__}: {e}"
-        raise InputError(f"{out}/result.json: not a run's result ({what}); remove {out} and run it again") from e
+    result = read_result(out / "result.json")
+    counted = {name for name in task.tests if (out / "examples" / f"{name}.npz").is_file()}
+    task.tests = {name: sets for name, sets in task.tests.items() if not (result.get(name) and name in counted)}
     if task.tests:
-        found = tested(options, task, device)
+        found = tested(options, task, device, out / "best", result["dev"])
         ranks.first(write_json, out / "result.json", result | found)
         print_scores({"method": options.method, "seed": options.seed, **found})
     print(f"{out}: this run is finished; its result is in result.json")

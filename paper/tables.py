@@ -16,6 +16,8 @@ from typing import NamedTuple
 
 from data import InputError
 from eval import summary
+from paper.arguments import TARGETS
+from paper.finished import read_log, splits_of
 from paper.results import (
     PAPER,
     TASK_NAMES,
@@ -24,11 +26,9 @@ from paper.results import (
     difference,
     interval,
     label_of,
-    read_log,
     read_runs,
     scores_of,
     setups_of,
-    splits_of,
 )
 
 NOTHING = "-"
@@ -187,16 +187,7 @@ def curve_table(setup):
 # PAPER has their rows and columns; here is what these mean and what the paper concludes from them. A row is a method
 # or one constant of slowfast's, a column a task with a number of shots or a part of the languages.
 
-TITLES = {
-    "table1": "Training, freezing or enlarging the rate of parts of the model",
-    "table2": "The method and its rivals, zero-shot (M = 0) and with M examples of each other language",
-    "table3": "Question-passage matching (QAM)",
-    "table4": "Source and other languages",
-    "table5": "The constants c1, c2 and r",
-    "table6": "Starting parts of the first four layers anew",
-    "table7": "XNLI by language",
-    "table8": "Which weight sets the policies act on",
-}
+TITLES = {name: title for name, (title, _) in TARGETS.items() if name in PAPER}
 
 
 def settings_of_row(row):
@@ -381,30 +372,25 @@ def verdict(setup, table, comparisons):
 # --- the command line ----------------------------------------------------------------------------------------
 
 
-def options_of_table(parser):
-    add = parser.add_argument
-    options_of_curves(parser)
-    add("--split", help="which sets: dev, test, xquad ... (default: all that the runs have)")
-    add("--measure", help="exact_match, precision or recall (default: the task's own measure)")
-    add("--by-language", action="store_true", help="languages as rows, methods as columns")
-    add("--no-paper", action="store_true", help="without the paper's rows")
-
-
-def options_of_curves(parser):
-    add = parser.add_argument
-    add("runs", nargs="+", help="folders of runs, searched for result.json")
-    add("--markdown", action="store_true", help="a Markdown table (default: for a terminal)")
-
-
 def print_tables(args):
     """`table`: the scores of finished runs, a setup at a time. Raises InputError if there are none such."""
     runs = read_runs(args.runs)
     options = ([args.split] if args.split else None, args.measure, args.by_language, not args.no_paper, args.markdown)
     texts = [text for text in (score_text(setup, *options) for setup in setups_of(runs)) if text]
     if not texts:
-        has = ", ".join(sorted({name for run in runs for name in splits_of(run)}))
-        raise InputError(f"these runs have no such scores; they have {has}")
+        raise InputError(nothing_of(runs, args.split, args.measure))
     print(*texts, sep="\n\n")
+
+
+def nothing_of(runs, split, measure):
+    """Why there are no scores of a split by a measure: which there are."""
+    splits = {name for run in runs for name in splits_of(run)}
+    if split and split not in splits:
+        return f"--split {split}: these runs have no such sets; they have {', '.join(sorted(splits))}"
+    of = [run[name] for run in runs for name in splits_of(run) if split in (None, name)]
+    measures = {x for part in of for x in (part.get("measure", "accuracy"), *part)
+                if x != "scores" and isinstance(part.get(x, {}), dict)}  # fmt: skip
+    return f"--measure {measure}: these runs have no such measure; they have {', '.join(sorted(measures))}"
 
 
 def score_text(setup, splits=None, measure=None, by_language=False, paper=True, markdown=False):

@@ -16,9 +16,10 @@ sys.path.insert(0, str(ROOT))
 
 # What `make check` leaves out (pytest -m "not slow"), by file or by the name of the test.
 SLOW = (
-    "test_bench.py", "test_e5.py", "test_fetch.py", "test_figures.py", "test_grid.py", "test_main.py", "test_ranks.py",
-    "test_run.py", "test_watch.py::test_ranks", "test_the_trainer", "that_is_resumed", "test_lightning",
-    "test_alone_", "compiled]",
+    "test_bad_input.py", "test_bench.py", "test_e5.py", "test_fetch.py", "test_figures.py", "test_folder.py",
+    "test_grid.py", "test_main.py", "test_ranks.py", "test_run.py", "test_soak.py",
+    "test_alone_", "compiled]", "test_no_damage_is_a_bug", "test_watch.py::test_ranks", "test_the_trainer",
+    "that_is_resumed", "test_lightning",
     "test_adam_agrees_with_torchs_over_350_updates", "test_ranks_average_their_losses", "test_the_losses_of_a_run_are",
     "test_train_is_transformers_and_torchs_adam", "[base]", "from_the_command_line", "xnli_tokenises_like_hugging_face",
     "test_a_gold_answer_comes_back", "test_every_token_of_wikiann",
@@ -51,9 +52,8 @@ def sentences(language, i):
     return " ".join([animal, verb] * (1 + i % 5)), " ".join([verb, *[animal] * (i % 4)])
 
 
-@pytest.fixture(scope="session")
-def tiny_tokenizer(tmp_path_factory):
-    """A sentencepiece.bpe.model that is XLM-R's in kind: unigram, <unk> <s> </s> first."""
+def write_tokenizer(folder):
+    """A sentencepiece.bpe.model that is XLM-R's in kind: unigram, <unk> <s> </s> first. Returns the file."""
     import sentencepiece
 
     model = io.BytesIO()
@@ -61,38 +61,43 @@ def tiny_tokenizer(tmp_path_factory):
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(text), model_writer=model, vocab_size=60, hard_vocab_limit=False, minloglevel=2
     )
-    file = tmp_path_factory.mktemp("tokenizer") / "sentencepiece.bpe.model"
+    file = folder / "sentencepiece.bpe.model"
     file.write_bytes(model.getvalue())
     return file
 
 
 @pytest.fixture(scope="session")
-def make_model(tiny_tokenizer, tmp_path_factory):
-    """make_model(num_hidden_layers=2, ...): a new folder with a masked language model of these sizes, as transformers
-    saves it, with random weights, and the tiny tokeniser."""
+def tiny_tokenizer(tmp_path_factory):
+    return write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+def write_model(folder, tokenizer, **sizes):
+    """A masked language model of these sizes, as transformers saves it, with random weights, and the tokeniser. Returns
+    the folder."""
     import sentencepiece
     import torch
     from transformers import XLMRobertaConfig, XLMRobertaForMaskedLM
 
-    pieces = sentencepiece.SentencePieceProcessor(model_proto=tiny_tokenizer.read_bytes()).get_piece_size()
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.read_bytes()).get_piece_size()
+    sizes = {
+        "vocab_size": pieces + 2, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64,
+        "num_hidden_layers": 12, "max_position_embeddings": 66, "type_vocab_size": 1, "layer_norm_eps": 1e-5,
+        **sizes,
+    }  # fmt: skip
+    model = XLMRobertaForMaskedLM(XLMRobertaConfig(**sizes))
+    torch.manual_seed(0)
+    with torch.no_grad():  # no parameter is all 0 or all 1
+        for name, p in model.named_parameters():
+            p.copy_(0.1 * torch.randn_like(p) + name.endswith("LayerNorm.weight"))
+    model.save_pretrained(folder)
+    (folder / tokenizer.name).write_bytes(tokenizer.read_bytes())
+    return folder
 
-    def make(**sizes):
-        folder = tmp_path_factory.mktemp("model")
-        sizes = {
-            "vocab_size": pieces + 2, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64,
-            "num_hidden_layers": 12, "max_position_embeddings": 66, "type_vocab_size": 1, "layer_norm_eps": 1e-5,
-            **sizes,
-        }  # fmt: skip
-        model = XLMRobertaForMaskedLM(XLMRobertaConfig(**sizes))
-        torch.manual_seed(0)
-        with torch.no_grad():  # no parameter is all 0 or all 1
-            for name, p in model.named_parameters():
-                p.copy_(0.1 * torch.randn_like(p) + name.endswith("LayerNorm.weight"))
-        model.save_pretrained(folder)
-        (folder / tiny_tokenizer.name).write_bytes(tiny_tokenizer.read_bytes())
-        return folder
 
-    return make
+@pytest.fixture(scope="session")
+def make_model(tiny_tokenizer, tmp_path_factory):
+    """make_model(num_hidden_layers=2, ...): a new folder with a model of these sizes."""
+    return lambda **sizes: write_model(tmp_path_factory.mktemp("model"), tiny_tokenizer, **sizes)
 
 
 @pytest.fixture(scope="session")
@@ -170,12 +175,10 @@ def write_wikiann(file, language, sizes):
             archive.addfile(entry, io.BytesIO(text.encode()))
 
 
-@pytest.fixture(scope="session")
-def tiny_tasks(tmp_path_factory):
-    """A data folder in the official layouts of the other tasks: question answering in German, English and Spanish, all
-    pairs (SQuAD 24 questions, the others 4 each), named entities and question-answer matching in German, English and
-    French (24 to train, 9 dev and 8 test). Not to be written to."""
-    folder = tmp_path_factory.mktemp("tasks")
+def write_tasks(folder):
+    """The official layouts of the other tasks: question answering in German, English and Spanish, all pairs (SQuAD 24
+    questions, the others 4 each), named entities and question-answer matching in German, English and French (24 to
+    train, 9 dev and 8 test). Returns the folder."""
     for split, start in (("dev", 3), ("test", 6)):
         for context in ("de", "en", "es"):
             for question in ("de", "en", "es"):
@@ -194,6 +197,26 @@ def tiny_tasks(tmp_path_factory):
             text = "".join("\t".join(row) + "\n" for row in rows)
             (folder / "xglue" / "QAM" / f"{language}.{split}.tsv").write_text(text)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_tasks(tmp_path_factory):
+    """A data folder of write_tasks. Not to be written to."""
+    return write_tasks(tmp_path_factory.mktemp("tasks"))
+
+
+def contents(folder):
+    """{path: bytes} of all that lies in a folder."""
+    return {str(file.relative_to(folder)): file.read_bytes() for file in Path(folder).rglob("*") if file.is_file()}
+
+
+def outcome(out):
+    """All that a finished run left, without what differs from one time to the next."""
+    files = contents(out)
+    result = json.loads(files["result.json"])
+    for name in ("tokens_per_second", "peak_memory_bytes", "seconds"):
+        del result[name]
+    return files | {"result.json": result}
 
 
 @dataclass

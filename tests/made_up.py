@@ -54,7 +54,7 @@ def write(folder, *runs):
             continue
         (of_run / "result.json").write_text(json.dumps(run | {"folder": None}))
         (of_run / "settings.json").write_text(json.dumps(run["settings"]))
-        log(of_run, (120, 1.1, 1, 3.0), (240, 0.9, 2, 5.0))
+        log(of_run, (run["updates"] // 2, 1.1, 1, 3.0), (run["updates"], 0.9, 2, 5.0))
     return folder
 
 

@@ -282,11 +282,11 @@ def test_what_a_norm_between_the_blocks_serves(name):
 
 
 def test_last_1_freezes_what_the_table_calls_embeddings():
-    from paper.methods import METHODS  # noqa: PLC0415
+    from paper import starts  # noqa: PLC0415
 
     model, listed = family("mDeBERTa")
     at = by_hand(model, *listed)
-    METHODS["last-1"].start(model)
+    starts.start("last-1", model)
     trained = {id(p) for p in model.parameters() if p.requires_grad}
     assert trained == {key for key, place in at.items() if place.part == "head" or place.layer == 11}
 

@@ -5,12 +5,16 @@ What needs XLM-R's own vocabulary ($MODEL or models/multilingual-e5-small) or th
 ../shared/data) skips where they are not.
 """
 
+import contextlib
 import gzip
 import io
 import json
 import os
+import re
 import shutil
 import tarfile
+import tracemalloc
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -191,6 +195,24 @@ def test_wrong_model_files_are_refused(tmp_path):
         fails(f"{path} is {says}", data.Tokenizer, put(path, content))
     train_pieces(path, CORPUS, vocab_size=180, pad_id=0, eos_id=1, unk_id=2, bos_id=-1)  # T5's order of special pieces
     fails("is not XLM-R's: it begins with <pad> </s> <unk>", data.Tokenizer, path)
+
+
+def test_a_message_is_a_line_whatever_it_quotes():
+    said = str(InputError("a file\nsays " + "x" * 10**5 + ": remove it"))
+    assert len(said) < 2000 and said.startswith("a file says xxx") and said.endswith("xxx: remove it")
+
+
+def test_a_table_of_characters_that_is_damaged_is_one_line(tiny_tokenizer, monkeypatch):
+    """One flipped bit in a hundred thousand: the model loads, and its normalisation gives what is no text."""
+    tokenizer = data.Tokenizer(tiny_tokenizer)
+
+    class Damaged:
+        def normalize(self, text, with_offsets):
+            return b"\xba".decode()
+
+    monkeypatch.setattr(tokenizer, "_model", Damaged())
+    with pytest.raises(InputError, match="is not a whole SentencePiece model"):
+        tokenizer.encode_with_spans("dog")
 
 
 # --- which characters a piece stands for ---------------------------------------------------------------------
@@ -485,6 +507,58 @@ def test_arrays_that_do_not_fit_together_are_refused():
             data.Examples.from_arrays({**arrays, lose: arrays[lose][:-1]})
 
 
+def npz(shape, values):
+    """A .npz file's bytes, whose header says that there is an array of this shape."""
+    header, content = io.BytesIO(), io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<i8", "fortran_order": False, "shape": shape})
+    with zipfile.ZipFile(content, "w") as archive:
+        archive.writestr("a.npy", header.getvalue() + np.array(values, np.int64).tobytes())
+    return content.getvalue()
+
+
+def test_arrays_take_no_memory_that_is_not_in_their_file(tmp_path, monkeypatch):
+    """numpy makes room for what a header says before it reads."""
+    path = put(tmp_path / "a.npz", npz((2, 3), range(6)))
+    values = data.read_arrays(path)["a"]
+    assert np.array_equal(values, [[0, 1, 2], [3, 4, 5]]) and values.flags.writeable
+    for shape in ((10**15,), (5,), (7,), (2**62, 4)):
+        with pytest.raises(ValueError, match="reshape"):
+            data.read_arrays(put(tmp_path / "a.npz", npz(shape, range(6))))
+    np.savez_compressed(path, a=np.zeros(10**6), b=np.zeros((0, 2)), c=np.array(["x"]))
+    shapes = {name: array.shape for name, array in data.read_arrays(path).items()}
+    assert shapes == {"a": (10**6,), "b": (0, 2), "c": (1,)}
+    monkeypatch.setattr(data, "MOST_ARRAYS", 10**6)
+    with pytest.raises(ValueError, match="larger than any"):
+        data.read_arrays(path)
+
+
+def test_no_array_is_lost(tmp_path):
+    """A flipped bit in the list at a zip file's end, in how long a name or a comment is, hides the arrays behind it."""
+    path = tmp_path / "a.npz"
+    np.savez(path, **{name: np.arange(3) for name in "abc"})
+    whole = path.read_bytes()
+    places = [found.start() + 28 + n for found in re.finditer(b"PK\x01\x02", whole) for n in range(6)]
+    lost = 0
+    for place, bit in ((place, bit) for place in places for bit in range(8)):
+        put(path, whole[:place] + bytes([whole[place] ^ 1 << bit]) + whole[place + 1 :])
+        with contextlib.suppress(ValueError, zipfile.BadZipFile, NotImplementedError):
+            assert {*data.read_arrays(path)} == {*"abc"}
+            continue
+        lost += 1
+    assert lost > len(places)
+
+
+@pytest.mark.parametrize("name", ["offsets", "first"])
+def test_a_cache_whose_ranges_do_not_rise_is_refused(name):
+    """Else they would be repeated without end."""
+    arrays = data.Examples.from_lists([[0, 5, 6, 2], [0, 7, 2]], [1, 1], [0, 1, 2]).arrays()
+    for place, value in ((0, -1), (1, -(2**40)), (1, 2**40)):
+        bad = arrays[name].copy()
+        bad[place] = value
+        with pytest.raises(ValueError, match="rise"):
+            data.Examples.from_arrays({**arrays, name: bad})
+
+
 # --- batches -------------------------------------------------------------------------------------------------
 
 LENGTHS = st.lists(st.integers(4, 128), max_size=300).map(np.array)
@@ -549,6 +623,9 @@ def test_tables_are_read(tmp_path, mark, end):
     assert found == [("A", "B", 1), ("C", "D", 2)]
     assert read(data.read_qam, QAM) == [("what is it?", "it is a mill", 1), ("who?", "the river", 0)]
     assert read(data.read_qam, QAM[:-1]) == read(data.read_qam, QAM)
+    # as other people's editors leave them: blank lines, and spaces behind a line
+    assert read(data.read_qam, "\n" + QAM.replace("\n", " \n \n")) == read(data.read_qam, QAM)
+    assert read(data.read_multinli, "label\thypo \tpremise \nneutral \tB\tA\n\n") == [("A", "B", 1)]
 
 
 ODD = ['"', 'an "open quote', "a\u2028b", "a\u0085b", "a\x0bb\x0cc", "a\rb", "\u200b"]
@@ -624,6 +701,24 @@ def wikiann(train, dev=None, test=None, folder=""):
     return content.getvalue()
 
 
+def archive_of(*names, sparse=False):
+    """A tar.gz of empty members of these names. The `sparse` one says of itself, in GNU's old format, that it is 8 GB
+    of a hole."""
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w:gz", format=tarfile.GNU_FORMAT) as archive:
+        for name in names:
+            entry = tarfile.TarInfo(name)
+            if sparse:
+                entry.type = tarfile.GNUTYPE_SPARSE
+                header = bytearray(entry.tobuf(tarfile.GNU_FORMAT))
+                header[386:410], header[483:495] = b"00000000000\0" * 2, b"77777777777\0"
+                header[148:156] = b"%06o\0 " % tarfile.calc_chksums(header)[0]
+                archive.fileobj.write(header)
+            else:
+                archive.addfile(entry)
+    return content.getvalue()
+
+
 OUT, B_PER, I_PER, B_ORG, I_ORG, B_LOC, I_LOC = range(7)
 TAGGED = "en:Paul\tB-PER\nen:Ketwick\tI-PER\nen:of\tO\n\nen:the\tO\nen:Town\tB-LOC\n\n"
 SENTENCES = [(["Paul", "Ketwick", "of"], [B_PER, I_PER, OUT]), (["the", "Town"], [OUT, B_LOC])]
@@ -632,8 +727,12 @@ SENTENCES = [(["Paul", "Ketwick", "of"], [B_PER, I_PER, OUT]), (["the", "Town"],
 @pytest.mark.parametrize(
     ("folder", "text"),
     [("", TAGGED), ("./", TAGGED.replace("\n", "\r\n")), ("", TAGGED.rstrip("\n")), ("", "\ufeff" + TAGGED),
-     ("", "\n\n" + TAGGED.replace("\n\n", "\n\n\n\n"))],  # several empty lines are as good as one
-    ids=["plain", "CRLF, members in a folder", "no last newline", "byte order mark", "empty lines"],
+     ("", "\n\n" + TAGGED.replace("\n\n", "\n\n\n\n")),  # several empty lines are as good as one
+     *[("", TAGGED.replace("\n\n", f"\n{blank}\n")) for blank in (" ", "\t", " \t ", "\u00a0")],
+     ("", TAGGED.replace("\n", "  \n").replace("\n  \n", "\n\n").replace("I-PER", "I-PER\t")),
+     ("", "-DOCSTART-\t-X-\tO\n\n# 1\thttps://example.org\n" + TAGGED.replace("\n\n", "\n\n#\n"))],
+    ids=["plain", "CRLF, members in a folder", "no last newline", "byte order mark", "empty lines", "a space", "a tab",
+         "both", "a space that does not break", "spaces behind", "comments and marks"],
 )  # fmt: skip
 def test_tags_are_read(tmp_path, text, folder):
     archive = put(tmp_path / "en.tar.gz", wikiann(text, "en:Ketwick\tB-ORG\n", folder=folder))
@@ -652,13 +751,17 @@ def test_the_prefix_is_cut_off_once_and_tokens_may_hold_anything_and_any_tag_may
 
 # --- the readers: what they refuse ---------------------------------------------------------------------------
 
-GET_XNLI = "`make xnli` fetches it, or unpack https://dl.fbaipublicfiles.com/XNLI/XNLI-MT-1.0.zip"
-GET_MLQA = "`make mlqa` fetches it, or get https://dl.fbaipublicfiles.com/MLQA/MLQA_V1.zip"
-GET_NER = f"`make ner` fetches it, or unpack {data.WIKIANN_URL}/panx_dataset.zip into the data folder"
+GET_XNLI = "unpack https://dl.fbaipublicfiles.com/XNLI/XNLI-MT-1.0.zip"
+FETCHES = "`python -m paper fetch {}` (--data DIR, where it is not data) fetches it, or "
+GET_MLQA = FETCHES.format("mlqa") + "get https://dl.fbaipublicfiles.com/MLQA/MLQA_V1.zip"
+GET_NER = FETCHES.format("ner") + f"unpack {data.WIKIANN_URL}/panx_dataset.zip into the data folder"
 GET_QAM = "XGLUE's archive, xglue_full_dataset.tar.gz, is no longer on its server: take a copy's QAM files"
 ROW = MULTINLI + "A\tB\tneutral\n"
 LINES = json.dumps(json.loads(squad(PLAIN)), indent=1)
+LONG = "x" * (data.MOST_TEXT + 1)
 DAMAGED = gzip.compress(gzip.decompress(wikiann(TAGGED)), compresslevel=0)  # stored, so that only a check sum shows it
+
+FLAT = json.dumps({"id": "q", "context": "a", "question": "b", "answers": {"text": ["a"], "answer_start": [0]}})
 
 BAD = {  # reader -> (content or None for no file, what the message says besides the file's name)
     ("read_multinli", "train.tsv"): [
@@ -667,9 +770,14 @@ BAD = {  # reader -> (content or None for no file, what the message says besides
         (Path, " is a directory where a file should be"),
         (MULTINLI, " has a header and no rows"),
         ("premise\tlabel\nA\tneutral\n", ", line 1: the header lacks 'hypo'"),
+        (ROW.replace("\t", ","), ", line 1: the header has no tab: this is a copy as CSV, not the official", GET_XNLI),
+        (ROW.replace("premise", '"premise"'), ", line 1: the header is quoted: this is a copy as CSV"),
+        (ROW.replace("\n", "\r"), ": its lines end in \\r alone"),
+        ("\n \n", ", line 1: the header has no tab"),
         (ROW + "A\tneutral\nA\tB\tneutral\n", ", line 3: 2 columns where the header has 3"),
         (ROW + "A\tB\tC\tneutral\n", ", line 3: 4 columns where the header has 3"),
         (ROW + "A\tB\tneut", ", line 3 (the last, without a newline, so the file may be cut short: if so, remove it, "),
+        (f"{ROW}A\tB{LONG}\tneutral\n", ", line 3: a text of 100,002 characters"),
         (ROW + "A\tB\tmaybe\n", ", line 3: unknown label 'maybe'; there are entailment, neutral, contradiction"),
         (MULTINLI + "A\tB\t\n", ", line 2: no label"),
         (ROW.encode() + b"A\t\xff\tneutral\n", ", line 3: not valid UTF-8"),
@@ -677,6 +785,7 @@ BAD = {  # reader -> (content or None for no file, what the message says besides
     ("read_xnli", "xnli.test.tsv"): [
         *[(xnli(("B", label, "A", "en")), ", line 2: no label; this looks like XTREME's copy") for label in ("", "-")],
         (xnli(*PARALLEL[:-1]), ": en has 1 pairs and fr 2, but XNLI is parallel: the file is cut short"),
+        (xnli(*PARALLEL, ("B", "neutral", "A", "x" * 5000)), f": {'x' * 40} has 1 pairs and fr 2, but XNLI is"),
     ],
     ("read_qam", "xglue.qam.en.test"): [
         (None, " is not there: ", GET_QAM),
@@ -685,6 +794,7 @@ BAD = {  # reader -> (content or None for no file, what the message says besides
         (QAM + "who?\n", ", line 3: 1 columns where question, passage and label should be"),
         ("who?\tthe river\t2\n", ", line 1: unknown label '2'; there are 0, 1"),
         (" \tthe river\t1\n", ", line 1: the question is empty"),
+        (f"{QAM}who?\t{LONG}\t1\n", ", line 3: a text of 100,001 characters"),
         (QAM + "who?\t\t1\n", ", line 3: the passage is empty"),
         (QAM + "who?\tthe ri", ", line 3 (the last, without a newline, so the file may be cut short", GET_QAM),
     ],
@@ -693,7 +803,17 @@ BAD = {  # reader -> (content or None for no file, what the message says besides
         (LINES[: LINES.index('"paragraphs"') + 20], ", line 7: not whole JSON", "remove it, then", GET_MLQA),
         ("<html>Not found</html>", ", line 1: not whole JSON", GET_MLQA),
         *[(text, ": not in SQuAD's format", GET_MLQA) for text in ("[1]", '{"data": {"a": 1}}', '{"data": [{}]}')],
-        ("[" * 100_000, ": not "),  # a RecursionError, where Python has one
+        (FLAT + "\n" + FLAT, ", line 2: a second JSON value, where there is to be one (JSON Lines", GET_MLQA),
+        *[(rows, "SQuAD's file is one object of articles, paragraphs, questions; rows, as `datasets` writes",
+           GET_MLQA) for rows in (FLAT, f"[{FLAT}]", f'{{"data": [{FLAT}]}}')],
+        ("[" * 100_000, ": not JSON as it should be", GET_MLQA),
+        (replaced('"id": "q0"', '"id": "q0", "id": "q0"'), ": not JSON as it should be (id stands there twice)"),
+        *[(replaced('"answer_start": 3', f'"answer_start": {number}'), ": not JSON as it should be (answer_start is")
+          for number in ("NaN", "-Infinity", "1e999")],
+        *[(replaced('"answer_start": 3', f'"answer_start": {number}'), ": not JSON as it should be (answer_start is")
+          for number in (2**64, -(2**63) - 1, "9" * 400)],
+        *[(squad([("Hello" + LONG * (i == 0), "what?" + LONG * (i == 1), [("Hello" + LONG * (i == 2), 0)])]),
+           ", question q0: a text of 100,00", "is it damaged?") for i in range(3)],
         ('{"data": []}', " holds no question: remove it, then ", GET_MLQA),
         ('{"data": [{"paragraphs": ["a"]}]}', ", article 1, paragraph 1: not in SQuAD's format"),
         ('{"data": [{"paragraphs": []}, {"paragraphs": [{"context": 1}]}]}', ", article 2, paragraph 1: not in"),
@@ -703,7 +823,6 @@ BAD = {  # reader -> (content or None for no file, what the message says besides
         *[(replaced('"answer_start": 3', f'"answer_start": {start}'), "paragraph 2: not in SQuAD's format (TypeError")
           for start in ("null", "3.5")],
         # What Python's json refuses with an error of another kind, and what would make two lines of the message.
-        (replaced('"answer_start": 3', '"answer_start": ' + "9" * 5000), ": not "),
         (squad([("Hello", " ", [("Hello", 0)])]).replace("q0", "q\\n0"), ": the question is empty"),
         (replaced("世界 你好", " \\n\u3000"), ", article 1, paragraph 2: the context is empty"),
         (squad([("Hello", "what?", [])], is_impossible=True), "question q0", "this is SQuAD 2.0; SQuAD v1.1 is"),
@@ -721,12 +840,22 @@ BAD = {  # reader -> (content or None for no file, what the message says besides
         *[(content, " is not a whole tar.gz archive", GET_NER)
           for content in ("<html>Not found</html>", gzip.compress(b"not a tar" * 99),
                           DAMAGED.replace(b"Ketwick", b"Ketwock"), *[DAMAGED[:n] for n in (9, 700, 5000, -9, -1)])],
+        (archive_of("train", sparse=True), " is not a whole tar.gz archive", "sparse", GET_NER),
+        (archive_of(*["other"] * 101), " is not a whole tar.gz archive", "more than 100 members", GET_NER),
+        (wikiann(f"{TAGGED}en:Paul{LONG}\tB-PER\n"), ", member train, line 8: a text of 100,0"),
         (wikiann(TAGGED, folder="x/"), " lacks train, dev, test: remove it", GET_NER),
         (wikiann(TAGGED, test=TAGGED.replace("en:", "")), ", member test, line 1: the token 'Paul' does not begin"),
+        (wikiann(TAGGED.replace("\n", "\r")), ", member train: its lines end in \\r alone"),
         (wikiann(b"en:a\tO\nen:\xff\tO\n"), ", member train, line 2: not valid UTF-8", GET_NER),
-        (wikiann("en:a\tO\nen:Paul\tB-PRS\n"), ", line 2: unknown tag 'B-PRS'; there are O, B-PER, I-PER, B-ORG, "),
+        (wikiann("en:a\tO\nen:Paul\tB-PRS\n"), ", line 2: unknown tag 'B-PRS'; one is needed, of O, B-PER, I-PER, "),
         *[(wikiann(f"{TAGGED}en:Paul{end}\n"), ", line 8: a token without a tag; if this is XTREME's copy", GET_NER)
-          for end in ("", "\t", " B-PER")],
+          for end in ("", "\t", " \t")],
+        (wikiann(f"{TAGGED}en:Paul B-PER\n"), ", line 8: a space stands before the tag, where a tab is needed"),
+        *[(wikiann(f"{TAGGED}en:Paul\t{tag}\n"), f", line 8: unknown tag {tag!r}; one is needed, of O, B-PER, I-PER")
+          for tag in ("S-PER", "b-per", "B-MISC", "B-PERderiv")],
+        *[(wikiann(f"{TAGGED}en:Paul\t{tags}\n"), ", line 8: two columns of tags") for tags in ("B-PER\tO", "O\tO")],
+        (wikiann("1\ten:Paul\tO\n"), "line 1: the token '1\\ten:Paul' does not begin with 'en:'",
+         "without an index or other columns"),
         (wikiann(TAGGED, "\n\n\r\n"), ", member dev holds no sentence: its tags may have been removed; ", GET_NER),
         (wikiann(TAGGED, test="en:of\tO\n\nen:the\tO\n"),
          ", member test holds no tag but O: its tags may have been removed; ", GET_NER),
@@ -747,6 +876,42 @@ def test_a_bad_file_is_refused_with_one_line(tmp_path, reader, file, content, sa
         put(path, content)
     message = fails(str(path), getattr(data, reader), path)
     assert all(part in message for part in says), message
+
+
+READERS = {"read_multinli": "train.tsv", "read_squad": "dev.json", "read_wikiann": "en.tar.gz", "Tokenizer": "a.model"}
+
+
+@pytest.mark.parametrize(("reader", "file"), READERS.items())
+def test_a_file_is_not_read_that_is_larger_than_any_or_none_at_all(tmp_path, reader, file):
+    with open(tmp_path / file, "wb") as there:
+        there.truncate(1 << 40)  # bytes, none of which the disk holds
+    message = fails(str(tmp_path / file), getattr(data, reader), tmp_path / file)
+    assert "is larger than" in message and " MiB, the most that is read" in message
+    os.mkfifo(tmp_path / "pipe")  # who opened it to read would wait for ever
+    assert "is a device or a pipe where a file should be" in fails("pipe", getattr(data, reader), tmp_path / "pipe")
+
+
+@pytest.mark.parametrize("what", ["member", "behind the members"])
+def test_an_archive_is_unpacked_no_further_than_memory_is_meant_for(tmp_path, what):
+    """200 MB of nothing, in 200 KB: refused when 64 have come."""
+    zeros = bytes(200 << 20)
+    content = wikiann(TAGGED, zeros) if what == "member" else wikiann(TAGGED) + gzip.compress(zeros)
+    path = put(tmp_path / "en.tar.gz", content)
+    assert path.stat().st_size < 1 << 20
+    del zeros, content
+    tracemalloc.start()
+    message = fails(str(path), data.read_wikiann, path)
+    assert "unpacked it is larger than 64 MiB" in message and GET_NER in message
+    assert tracemalloc.get_traced_memory()[1] < 150 << 20
+    tracemalloc.stop()
+
+
+def test_questions_about_one_context_make_no_more_windows_than_memory_is_meant_for(tiny_tokenizer, monkeypatch):
+    monkeypatch.setattr(data, "MOST_PIECES", 40 * 100)
+    questions = [data.Question(str(i), "dog?", "dog cat " * 200, ("dog",), 0) for i in range(50)]
+    tokenizer = data.Tokenizer(tiny_tokenizer)
+    assert "give a larger --stride" in fails("question ", data.tokenize_questions, questions, tokenizer, 40, 5, 5)
+    assert len(data.tokenize_questions(questions[:1], tokenizer, 40, 5, 5)) == 1
 
 
 # --- the tasks -----------------------------------------------------------------------------------------------
@@ -874,14 +1039,48 @@ def test_the_languages_are_those_of_the_files_and_for_named_entities_xtremes(fol
     assert list(load("ner").dev) == ["de", "en", "fr"]
     assert list(load("ner", languages=["als", "en"]).dev) == ["als", "en"]
     assert len(set(data.NER_LANGUAGES)) == 40 and data.NER_LANGUAGES == sorted(data.NER_LANGUAGES)
-    (folder / "MLQA_V1/dev/dev-context-es-question-es.json").unlink()
-    assert list(load("mlqa").dev) == ["de", "en"]
     put(folder / "XNLI-1.0/xnli.test.tsv", xnli(*PARALLEL[2:]))
-    fails("only one of xnli.dev.tsv and xnli.test.tsv holds fr; fetch both again", load, "xnli")
+    fails(
+        "only one of xnli.dev.tsv and xnli.test.tsv holds fr: remove both, then `python -m paper fetch xnli`",
+        load,
+        "xnli",
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "dev", "others"),
+    [("qam", "xglue/QAM/fr.dev.tsv", ["xglue/QAM/fr.test.tsv", "xglue/QAM/fr.train.tsv"]),
+     ("mlqa", "MLQA_V1/dev/dev-context-es-question-es.json", ["MLQA_V1/test/test-context-es-question-es.json"]),
+     ("ner", "panx_dataset/fr.tar.gz", [])],
+)  # fmt: skip
+def test_languages_that_are_not_there_are_not_left_out_silently(folder, load, capsys, name, dev, others):
+    """One whose dev set alone is missing stops; one that nothing is there of is left out, and that is said, unless the
+    languages were named."""
+    third, two = LANGUAGES[name][2], LANGUAGES[name][:2]
+    (folder / dev).unlink()
+    if others:
+        says = f"{folder / HOME[name]} lacks the dev set of {third}, and has other files of it"
+        assert fails(says, load, name).endswith("or leave it out with --languages de,en")
+    for file in others:
+        (folder / file).unlink()
+    capsys.readouterr()
+    assert list(load(name).dev) == two
+    (line,) = capsys.readouterr().err.splitlines()
+    known = {"qam": "3 languages 1 are", "mlqa": "7 languages 5 are", "ner": "40 languages 38 are"}[name]
+    said = re.fullmatch(rf"(.*): of the paper's {known} not there and left out: (.*)", line)
+    assert said[1] == str(folder / HOME[name]) and third in said[2].split(", ") and not {*two} & {*said[2].split(", ")}
+    assert list(load(name, languages=two).dev) == two and capsys.readouterr().err == ""
+
+
+def test_what_is_not_fetched_is_not_said_to_be(folder, load):
+    for name, file in (("xnli", "multinli.train.de.tsv"), ("ner", "als.tar.gz")):
+        path = folder / {"xnli": "XNLI-MT-1.0/multinli", "ner": "panx_dataset"}[name] / file
+        reader = {"xnli": data.read_multinli, "ner": data.read_wikiann}[name]
+        assert "fetches it" not in fails(f"{path} is not there: unpack https://", reader, path)
 
 
 HOME = {"xnli": "XNLI-1.0", "mlqa": "MLQA_V1/dev", "ner": "panx_dataset", "qam": "xglue/QAM"}
-GET = {"xnli": "`make xnli` fetches it", "mlqa": GET_MLQA, "ner": GET_NER, "qam": GET_QAM}
+GET = {"xnli": FETCHES.format("xnli"), "mlqa": GET_MLQA, "ner": GET_NER, "qam": GET_QAM}
 
 
 @tasks

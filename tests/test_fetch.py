@@ -21,6 +21,7 @@ from conftest import write_squad, write_wikiann, write_xnli
 
 import data
 from data import InputError
+from model import load
 from paper import fetch
 
 pooch = pytest.importorskip("pooch")
@@ -400,6 +401,21 @@ def test_a_model_comes_from_the_cache(on_the_hub, tmp_path, monkeypatch, how):
     assert len([path for path in on_the_hub.asked if "resolve" in path]) == 3
     shared = (tmp_path / "a" / "model.safetensors").samefile(tmp_path / "b" / "model.safetensors")
     assert shared == (how != "copy")
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
+def test_what_is_advised_for_a_damaged_model_mends_it(on_the_hub, tmp_path, file):
+    folder = tmp_path / "model"
+    fetch.fetch(BASE, out=folder)
+    (folder / file).unlink()  # (its content has a second name in the cache)
+    (folder / file).write_bytes(on_the_hub.model[file][:100])
+    with pytest.raises(
+        InputError, match=rf"{file}.*: not .*remove it, then .*`python -m paper fetch {BASE} --out DIR`"
+    ):
+        load(folder, ("a", "b"))
+    (folder / file).unlink()
+    fetch.fetch(BASE, out=folder)
+    load(folder, ("a", "b"))
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ import matplotlib.text
 import numpy as np
 import pytest
 
+from paper import figures
 from paper.figures import FIGURES, caption_of, draw, first_phase, shows
 from paper.results import read_runs, setups_of
 
@@ -45,7 +46,8 @@ def write_run(folder, task, method, seed, updates=20, **settings):
             scores = dict(zip(("de", "en", "fr"), 50 + 20 * random.random(3)))
             log[-1] |= {"gap": 10 * random.random(), "cka": random.random(4).tolist(), "scores": scores}
     run = {"seed": seed, "updates": 100 * updates, "updates_in_first_phase": phase, "seconds": 1.0, "device": "none"}
-    run["dev"] = run["test"] = {"scores": {"en": 70 + random.random(), "de": 60 + random.random()}}
+    run["dev"] = {"scores": {"de": 60.0, "en": 70.0, "fr": 50.0}}
+    run["test"] = {"scores": {"en": 70 + random.random(), "de": 60 + random.random()}}
     named = {"task": task, "method": method, "seed": seed, "shots": 0, "model": "m", "data": "d", "source": "en"}
     run["settings"] = named | {"lr": 1e-5, "batch_size": 32} | settings
     folder = folder / f"{task}-{method}-{seed}-{len(list(folder.iterdir()))}"
@@ -91,6 +93,25 @@ def check_look(seen, png):
         assert not [other for other, _, e in seen.texts[:i] if e.padded(-1).overlaps(extent.padded(-1))], said
     pixels = matplotlib.image.imread(png)[..., :3]
     assert pixels[:, [0, -1]].min() == pixels[[0, -1]].min() == 1 and (pixels.min(2) < 0.9).mean() > 0.005
+
+
+def test_seeds_that_logged_other_layers_or_languages_are_drawn_as_far_as_they_go(tmp_path):
+    """Of runs of before settings named their languages and their model."""
+    for seed in (1, 2):
+        write_run(tmp_path, "qam", "df", seed)
+    (file,) = tmp_path.glob("qam-df-2-*/log.jsonl")
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    for line in lines:
+        line["cka"] = line.get("cka", [0.5])[:3]
+        line["scores"] = {"de": 1.0, "en": 2.0}
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    result = file.with_name("result.json")
+    result.write_text(json.dumps(json.loads(result.read_text()) | {"dev": {"scores": {"de": 1.0, "en": 2.0}}}))
+    (setup,) = setups_of(read_runs([tmp_path]))
+    of_languages = {label: points for label, points, _ in figures.languages(setup, ["df"])}
+    assert [len(of_languages[f"{x}, df"][200]) for x in ("de", "fr")] == [2, 1] and 100 not in of_languages["fr, df"]
+    of_layers = [points for _, points, _ in figures.similarity(setup, ["df"])]
+    assert len(of_layers) == 4 and all(len(points[200]) == 1 for points in of_layers)
 
 
 def points_of(made, figure):
@@ -146,7 +167,7 @@ def test_each_figure(name, made, looked, tmp_path):
 def test_several_setups_and_tasks_that_were_not_run(tmp_path, looked):
     """A column for each, with room for all that it says; or, if that is asked for, only those with lines."""
     for lr in range(8):
-        write_run(tmp_path, "ner" if lr == 7 else "xnli", "slowfast" if lr == 2 else "df", 1, updates=150, lr=lr)
+        write_run(tmp_path, "ner" if lr == 7 else "xnli", "slowfast" if lr == 2 else "df", 1, updates=150, lr=lr / 10)
     setups = setups_of(read_runs([tmp_path]))
     _, png, _ = draw("figure2", setups, tmp_path / "whole")
     shown = [said for said, *_ in looked.texts]

@@ -1,19 +1,22 @@
 """One command a table or figure: which runs there are, that they run, and what several processes make of it."""
 
+import json
 import re
+import shutil
 from types import SimpleNamespace
 
 import pytest
-from conftest import LANGUAGES, sentences, write_squad, write_wikiann, write_xnli
+from conftest import LANGUAGES, contents, sentences, write_squad, write_wikiann, write_xnli
 from made_up import PAPERS, run_of, write
+from safetensors.torch import load_file, save_file
 from test_tables import NUMBERS
 
 import model as xlmr
 import paper.run
 from paper import folder, grid
-from paper.__main__ import COMMANDS
+from paper.arguments import parse
 from paper.figures import FIGURES
-from paper.options import OneLineParser
+from paper.finished import lines_of
 
 TINY = (
     "--max-updates 1 --batch-size 8 --gap-every 1 --cka-every 1 --log-every 1 --window 1 --gap-examples 4 "
@@ -59,21 +62,15 @@ def where(make_model, tmp_path_factory):
 
 def planned(*arguments):
     """{folder: the options of its run} of what `make` would run."""
-    parser = OneLineParser()
-    COMMANDS["make"][1](parser)
-    return grid.planned(parser.parse_args([str(a) for a in arguments]))
+    return grid.planned(parse(["make", *map(str, arguments)])[1])
 
 
 def refused(result, *says):
     """The command ended with status 2 and, after the lines that show progress, one that says this."""
     assert result.status == 2 and "Traceback" not in result.err, result
-    lines = [line for line in result.err.splitlines() if not re.match(r"run \d+ of \d+: ", line)]
+    lines = [line for line in result.err.splitlines() if not re.match(r"run \d+ of \d+: |.*left out: ", line)]
     assert len(lines) == 1 and lines[0].startswith("paper: "), result.err
     assert all(str(text) in lines[0] for text in says), lines
-
-
-def contents(folder):
-    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
 # --- which runs there are ------------------------------------------------------------------------------------
@@ -133,15 +130,26 @@ def test_the_setup_gives_what_the_options_do_not(where):
     assert (run.discard, run.seed) == (True, 4)
 
 
+def pretend(of_run, run):
+    """Writes a finished run that nobody made, with the settings of this one."""
+    known, tests = grid.contents_of(run)
+    scores = dict.fromkeys(known["languages"], 1.0)
+    made = run_of(dict.fromkeys(("dev", *tests), scores), split=None, **run.settings)
+    made["settings"] |= known | {"precision": "fp32"}
+    for name, digest in tests.items():
+        made[name]["data_sha256"] = digest
+    write(of_run.parent, made)
+    (of_run.parent / "run0").rename(of_run)
+
+
 def test_plan_counts_what_is_there(where, tmp_path, run_main):
     options = where.options(tmp_path / "runs", seeds=(1, 2))
     runs = planned("table3", "figure1", *options)
     for of_run, run in list(runs.items())[:3]:
-        write(of_run.parent, run_of({"en": 1.0, "de": 1.0}, run.method, task=run.task))
-        (of_run.parent / "run0").rename(of_run)
+        pretend(of_run, run)
     result = run_main("plan", "table3", "figure1", *options)
     rows = [line.split() for line in result.out.splitlines()]
-    assert result.status == 0 and result.err == ""
+    assert result.status == 0 and result.err == "", result
     assert rows == [["task", "runs", "there", "lacking"], ["XNLI", "8", "1", "7"], ["QAM", "4", "2", "2"]]
 
 
@@ -186,13 +194,125 @@ def test_every_target_runs(where, tmp_path, run_main, monkeypatch, command):
     monkeypatch.setattr(grid, "start", lambda run: pytest.fail(f"{run} would run"))
     monkeypatch.setattr(grid, "draw", lambda name, setups, path: [])
     again = run_main("make", *command)
-    assert (again.status, again.err, tables_in(again.out)) == (0, "", tables)
+    assert (again.status, tables_in(again.out)) == (0, tables)
+    assert all("are not there and left out" in line for line in again.err.splitlines())  # languages that nobody made
     assert contents(where.folder / "runs") == before
 
 
 def test_weights_are_kept_if_it_is_asked_for(where, tmp_path, run_main):
     assert run_main("make", "table3", *where.options(tmp_path / "runs", "--keep", "--out", tmp_path)).status == 0
     assert len(list((tmp_path / "runs").rglob("best/model.safetensors"))) == 2
+
+
+# --- which runs are those that would be made -----------------------------------------------------------------
+
+
+def other_data(place, file, text):
+    """A copy of the data in which a file ends with another text."""
+    data = shutil.copytree(place.folder / "data", place.copy / "data")
+    with open(data / file, "a") as opened:
+        opened.write(text)
+    return ["--data", data]
+
+
+def other_weights(place):
+    """A model of the same name and sizes."""
+    model = shutil.copytree(place.model, place.copy / place.model.name)
+    weights = load_file(model / "model.safetensors")
+    name = next(name for name in weights if name.endswith("LayerNorm.weight"))
+    weights[name][0] += 1
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    return ["--model", model]
+
+
+def other_settings(place, finished=True, **changes):
+    for of_run in place.runs if not finished else ():
+        (of_run / "result.json").unlink()
+    for file in [file for of_run in place.runs for file in of_run.glob("*.json")]:
+        whole = json.loads(file.read_text())
+        whole.get("settings", whole).update(changes)
+        file.write_text(json.dumps(whole))
+    return []
+
+
+OTHERS = {  # what is not as it was when the runs were made, and what the message says
+    "training data": (lambda place: other_data(place, "xglue/QAM/en.train.tsv", "dog\tcat\t1\n"), "(data_sha256 "),
+    "dev data": (lambda place: other_data(place, "xglue/QAM/fr.dev.tsv", "chat\tchien\t1\n"), "(data_sha256 "),
+    "test data": (lambda place: other_data(place, "xglue/QAM/fr.test.tsv", "chat\tchien\t1\n"), "(test.data_sha256 "),
+    "weights": (other_weights, "(model_sha256 "),
+    "lr": (lambda place: other_settings(place, lr=0.5), "(lr 0.5 there and 0.001 here)"),
+    "unfinished": (lambda place: other_settings(place, False, lr=0.5), "(lr 0.5 there and 0.001 here)"),
+    "clip": (lambda place: other_settings(place, clip=2.0), "(clip 2.0 there and 1.0 here)"),
+    "a moved folder": (lambda place: other_data(place, "xglue/QAM/NOTES", "copied"), None),
+    "a device's precision": (lambda place: ["--args", place.args.replace("--precision fp32", "")], None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", OTHERS)
+def test_make_does_not_take_another_run_for_the_one_it_would_make(where, tmp_path, run_main, monkeypatch, what):
+    """By its name alone they are the same; nothing is shown, and nothing is run."""
+    options = where.options(tmp_path / "runs", "--out", tmp_path / "report")
+    runs = planned("table3", *options)
+    for of_run, run in runs.items():
+        pretend(of_run, run)
+    place = SimpleNamespace(copy=tmp_path / "copy", runs=runs, args=options[options.index("--args") + 1], **vars(where))
+    place.copy.mkdir()
+    change, says = OTHERS[what]
+    options += change(place)
+    monkeypatch.setattr(grid, "start", lambda run: pytest.fail(f"{run} would run"))
+    for command in ("make", "plan"):
+        before, result = contents(tmp_path / "runs"), run_main(command, "table3", *options)
+        if says:
+            refused(result, f"{next(iter(runs))} holds another run {says}", "; give another --runs, or remove it")
+            assert result.out == ""
+        else:
+            assert (result.status, result.err) == (0, "") and ("1.0 (1)" in result.out or command == "plan")
+        assert contents(tmp_path / "runs") == before
+
+
+def test_a_damaged_run_is_named_before_any_is_made(table3, monkeypatch):
+    make, folders = table3
+    folders["slowfast"].mkdir(parents=True)
+    (folders["slowfast"] / "result.json").write_text("{")
+    monkeypatch.setattr(grid, "start", lambda run: pytest.fail(f"{run} would run"))
+    refused(make()[0], folders["slowfast"] / "result.json")
+
+
+def test_make_measures_what_was_not_tested(where, tmp_path, run_main):
+    """Of runs that were made with --no-test. If their weights were kept; if not, it says so before anything is run."""
+    options = where.options(tmp_path / "runs", "--out", tmp_path / "report")
+    untested = where.options(tmp_path / "runs", "--out", tmp_path / "report", args=f"{TINY} --no-test")
+    assert run_main("make", "table3", "--keep", *untested).status == 0
+    assert run_main("plan", "table3", *options).out.splitlines()[-1].split() == ["QAM", "2", "0", "2"]
+    result = run_main("make", "table3", *options)
+    assert result.status == 0 and "run 2 of 2" in result.err, result.err
+    df, slowfast = (json.loads((of_run / "result.json").read_text()) for of_run in planned("table3", *options))
+    assert set(df["test"]["scores"]) == set(slowfast["test"]["scores"]) == {"de", "en", "fr"}
+    assert "-" not in tables_in(result.out)["table3"]["df"]
+    assert run_main("make", "table3", *options).err == ""
+    shutil.rmtree(tmp_path / "runs")
+    assert run_main("make", "table3", *untested).status == 0
+    before = contents(tmp_path / "runs")
+    refused(run_main("make", "table3", *options), "was not measured on test, and its weights were not kept")
+    assert contents(tmp_path / "runs") == before
+
+
+def test_make_wants_in_the_log_what_a_figure_shows(where, tmp_path, run_main):
+    """--cka-every is no part of a run's name. What a figure would not have is said before anything is run."""
+
+    def options(args):
+        return ["figure6", "--tasks", "ner", *where.options(tmp_path / "runs", "--out", tmp_path, args=args)]
+
+    without = options(TINY.replace("--cka-every 1", "--cka-every 0"))
+    refused(run_main("make", *without), "figure6 shows the linear CKA", "give --args '--cka-every N'")
+    assert not (tmp_path / "runs").exists()
+    (of_run,) = planned(*without)
+    pretend(of_run, planned(*without)[of_run])
+    text = (of_run / "log.jsonl").read_text()
+    assert run_main("plan", *options(TINY)).status == 0
+    lines_of.cache_clear()
+    (of_run / "log.jsonl").write_text(re.sub(r', "cka": [^\]]*]', "", text))
+    refused(run_main("make", *options(TINY)), f"{of_run} is without: remove it and give --args '--cka-every N'")
 
 
 # --- several processes, and stops ----------------------------------------------------------------------------
@@ -227,6 +347,14 @@ def table3(where, tmp_path, run_main):
         return result, {row: set(cells) for row, cells in tables_in(result.out).get("table3", {}).items()}
 
     return make, {run.method: of_run for of_run, run in planned(*options).items()}
+
+
+def test_what_is_advised_where_a_folder_is_not_a_runs_is_of_make(table3, where, tmp_path, run_main):
+    make, runs = table3
+    runs["df"].mkdir(parents=True)
+    (runs["df"] / "thesis.txt").write_text("text")
+    refused(make()[0], runs["df"], "not a run's directory; give another folder (--out of `run`, --runs of `make`)")
+    assert run_main("make", "table3", *where.options(tmp_path / "others", "--out", tmp_path / "report")).status == 0
 
 
 @pytest.mark.parametrize("just_before", [False, True])
@@ -265,6 +393,22 @@ def test_make_goes_on_if_another_process_finishes_a_run_just_before_it(table3, m
     result, shown = make()
     assert result.status == 0 and others and result.messages == [], result.err
     assert len(begun) == 2 and "-" not in shown["df"] | shown["slowfast"]
+
+
+def test_make_goes_on_where_a_process_was_killed(table3, tmp_path):
+    """Before anything of a run was there, and after its result was."""
+    make, folders = table3
+    assert make()[0].status == 0
+    whole = contents(tmp_path / "runs")
+    shutil.rmtree(folders["df"])
+    folders["df"].mkdir()
+    (folders["df"] / "settings.json.elsewhere.1.part").write_text("{")
+    (folders["slowfast"] / "best-00000001").mkdir()
+    for name in ("lock", "checkpoint-1.json", "checkpoint-2.safetensors", "best-00000001/config.json"):
+        (folders["slowfast"] / name).write_text("")
+    result, shown = make()
+    assert result.status == 0 and result.messages == [] and "-" not in shown["df"] | shown["slowfast"]
+    assert contents(tmp_path / "runs").keys() == whole.keys()
 
 
 def test_make_goes_on_after_a_run_that_diverges(table3, monkeypatch):

@@ -68,7 +68,7 @@ def test_who_imports_whom():
             assert ours(name) <= {"model", "data"}
         if name.startswith("paper."):
             assert not any(other.startswith("demo.") for other in ours(name))
-    assert not reached("paper.options", set()) & {"paper.run", "paper.results"}
+    assert reached("paper.arguments", set()) == {"paper.options", "paper.methods"}
     assert "paper.run" not in reached("paper.results", set())
 
 
@@ -77,7 +77,11 @@ def test_imports_stand_at_the_top_and_are_the_four_packages(name):
     outside = {module.partition(".")[0] for module in imports(name) - imports(name, inside_functions=True)}
     outside -= {*TOP, "paper", "demo", *sys.stdlib_module_names}
     assert outside <= RUN_TIME
-    assert {module.partition(".")[0] for module in imports(name, inside_functions=True)} <= LAZY
+    inside = imports(name, inside_functions=True)
+    if name == "paper.__main__":  # what is wrong with the arguments is said before torch is imported, and by it alone
+        assert inside == {"paper", "paper.commands"}
+    else:
+        assert {module.partition(".")[0] for module in inside} <= LAZY
 
 
 def test_slowfast_needs_torch_alone():

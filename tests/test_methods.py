@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from paper.methods import METHODS
+from paper.starts import policies_of, start
 from slowfast import SlowFast, param_groups
 
 ATTENTION, FFN = "attention", "feed-forward"
@@ -38,7 +39,7 @@ def started(method, model, seed=0):
     """(names of the parameters that `start` changed, of those that do not train any more)."""
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     torch.manual_seed(seed)
-    METHODS[method].start(model)
+    start(method, model)
     changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     return changed, {name for name, p in model.named_parameters() if not p.requires_grad}
 
@@ -100,7 +101,7 @@ def oracle_K(cell, method, in_first_phase, R, c1, c2, policy4):
 def test_K_of_each_cell_in_each_phase(method, policy4):
     """The loss halves from 2 to 1 (P1) and from 0.16 to 0.08 (P2)."""
     optimizer = torch.optim.SGD([{"name": cell, "params": [torch.zeros(1)]} for cell in CELLS], lr=1.0)
-    policies = SlowFast(optimizer, 0.02, 7, 2, method=METHODS[method].policies, window=1, policy4=policy4)
+    policies = SlowFast(optimizer, 0.02, 7, 2, method=policies_of(method), window=1, policy4=policy4)
     for loss, first in ((2, None), (1, True), (0.16, None), (0.08, False)):
         policies.observe(loss)
         if first is not None:
@@ -207,4 +208,4 @@ def test_noisytune():
 )
 def test_a_layer_that_is_not_there_raises(method, depth):
     with pytest.raises(ValueError, match=rf"layer {method.rpartition('-')[2]}\b.* 0-{depth - 1}\b"):
-        METHODS[method].start(xlmr(depth))
+        start(method, xlmr(depth))

@@ -2,16 +2,21 @@
 
 import copy
 import json
+import shlex
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import transformers as hf
 from safetensors.torch import load_file, save_file
 
+import data
 import model as xlmr
 import slowfast
-from data import IGNORED, InputError
+from data import IGNORED, InputError, Tokenizer
 
 LABELS = ("entailment", "neutral", "contradiction")
 TAGS = ("O", "B-PER", "I-PER", "B-ORG", "I-ORG")
@@ -192,6 +197,29 @@ def test_bf16_is_in_the_matrix_products_alone(kind):
     with torch.autocast("cpu", torch.bfloat16):  # and so they are in transformers' under autocast
         other = logits_of(theirs(expected, ids)).float()
     near(logits[finite], other[finite], 0.05)
+
+
+@kinds
+@pytest.mark.parametrize("training", [True, False])
+def test_a_row_that_is_all_padding_is_finite_and_changes_nothing(kind, training):
+    """Not the other rows' logits, and of those that are not ignored neither loss nor gradients."""
+    ours = fresh(kind, **NO_DROPOUT).train(training)
+    ids, rows = batch((12, 9, 7)), [0, 1, 2]
+    labels = some_labels(kind, ids)
+    labels[2] = labels[1]
+    padded = torch.cat([ids, torch.ones(1, 12, dtype=torch.long)])
+
+    def found(ids, labels):
+        ours.zero_grad()
+        logits = ours(ids)
+        loss = ours.loss(logits, labels)
+        loss.backward()
+        return logits, loss, [p.grad.clone() for p in ours.parameters()]
+
+    alone = found(ids, labels)
+    logits, *others = found(padded, torch.cat([labels, torch.full_like(labels[:1], IGNORED)]))
+    assert logits[3].isfinite().all() and torch.equal(logits[rows].isfinite(), alone[0].isfinite())
+    near((logits[rows], *others), alone)
 
 
 def test_initialisation_is_berts():
@@ -395,35 +423,146 @@ def test_load_takes_the_encoder_and_draws_the_head_from_the_seed(tmp_path, cls, 
     assert drawn
 
 
-@pytest.mark.parametrize("name", ["classifier.out_proj.bias", "classifier.dense.weight"])
-def test_a_head_comes_whole_or_not_at_all(tmp_path, folder, name):
-    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
-    whole = xlmr.load(folder)
-    weights_with(lambda weights: weights.pop(name))(tmp_path)
-    ours = xlmr.load(tmp_path)
+def names(labels):
+    """What makes config.json name the classes so."""
+    return config_with(id2label=dict(enumerate(labels)), label2id={name: i for i, name in enumerate(labels)})
+
+
+@pytest.mark.parametrize("kind", ["pairs", "tokens"])
+@pytest.mark.parametrize("where", ["both", "label2id", "generic id2label"])
+def test_a_head_of_other_order_is_taken_over_by_the_names_of_its_labels(tmp_path, kind, where, capsys):
+    """Each class has the logits that transformers' model gives to the class of that name."""
+    head, cls, _, labels = KINDS[kind]
+    there = [label.upper() for label in (*labels[2:], *labels[:2])]
+    expected = reference(cls, there)
+    expected.save_pretrained(tmp_path)
+    names(there)(tmp_path)
+    if where != "both":
+        generic = None if where == "label2id" else {i: f"LABEL_{i}" for i in range(len(there))}
+        config_with(id2label=generic)(tmp_path)
+    capsys.readouterr()  # a progress bar of transformers'
+    ours, ids = xlmr.load(tmp_path, labels, head).eval(), batch((12, 12))
+    with torch.no_grad():
+        found, other = ours(ids), logits_of(theirs(expected, ids))
+    for i, label in enumerate(labels):
+        near(found[..., i], other[..., there.index(label.upper())])
+    assert ours.config.labels == labels and not capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("saved", "labels", "damage", "says"),
+    [
+        ("pairs", LABELS, ["LABEL_0", "LABEL_1", "LABEL_2"], "labels are LABEL_0, LABEL_1, LABEL_2; the task's are"),
+        ("pairs", LABELS, ["yes", "maybe", "no"], "labels are yes, maybe, no; the task's are entailment, neutral, "),
+        ("pairs", LABELS, ["entailment", "neutral", "Neutral"], "its labels are entailment, neutral, Neutral"),
+        ("pairs", LABELS[:2], None, "its labels are entailment, neutral; the task's"),
+        ("pairs", ("1", "2", "3", "4", "5"), None, "its labels are 1, 2, 3, 4, 5; the task's"),
+        ("pairs", LABELS, {"num_labels": 3, "id2label": None, "label2id": None}, "its labels are LABEL_0, LABEL_1;"),
+        ("pairs", LABELS, "classifier.out_proj.bias", "not whole"),
+        ("pairs", LABELS, "classifier.dense.weight", "not whole"),
+        ("pairs", LABELS, {"classifier.dense.weight": torch.zeros(7, 32)}, "another shape"),
+        ("tokens", TAGS, None, "another task's"),
+        ("questions", ("start", "end"), None, "another task's"),
+    ],
+    ids=["generic", "unknown", "one twice", "two", "five", "none", "no bias", "no matrix", "shape", "tags", "answers"],
+)  # fmt: skip
+def test_another_head_is_not_taken_over_and_that_is_said(tmp_path, capsys, saved, labels, damage, says):
+    expected = reference(KINDS[saved][1], labels)
+    expected.save_pretrained(tmp_path)
+    if isinstance(damage, list):
+        names(damage)(tmp_path)
+    elif isinstance(damage, str):
+        weights_with(lambda weights: weights.pop(damage))(tmp_path)
+    elif damage:
+        of_weights = isinstance(next(iter(damage.values())), torch.Tensor)
+        (weights_with(lambda weights: weights.update(damage)) if of_weights else config_with(**damage))(tmp_path)
+    capsys.readouterr()
+    ours = xlmr.load(tmp_path, LABELS).eval()
     assert (ours.classifier.out_proj.bias == 0).all() and (ours.classifier.dense.bias == 0).all()
-    assert not torch.equal(ours.classifier.out_proj.weight, whole.classifier.out_proj.weight)
-    assert torch.equal(ours.roberta.embeddings.LayerNorm.bias, whole.roberta.embeddings.LayerNorm.bias)
+    assert ours.classifier.dense.weight.abs().max() < 0.12 < expected.roberta.encoder.layer[0].output.dense.weight.max()
+    assert ours.classifier.out_proj.weight.shape == (3, 32) and ours.config.labels == LABELS
+    ids = batch(LENGTHS)
+    near(ours.roberta(ids)[ids != 1], theirs(expected.roberta, ids).last_hidden_state[ids != 1])
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and f"{tmp_path}: its head is not taken over" in said and says in said, said
+
+
+def test_old_names_are_read(tmp_path, folder):
+    """TensorFlow's of a LayerNorm, which old checkpoints have; their position_ids are left out."""
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+
+    def rename(weights):
+        for name in [name for name in weights if "LayerNorm" in name]:
+            weights[name.replace(".weight", ".gamma").replace(".bias", ".beta")] = weights.pop(name)
+        weights["roberta.embeddings.position_ids"] = torch.arange(40)[None]
+
+    weights_with(rename)(tmp_path)
+    expected, ours = xlmr.load(folder).state_dict(), xlmr.load(tmp_path, LABELS).state_dict()
+    assert list(ours) == list(expected) and all(torch.equal(w, ours[name]) for name, w in expected.items())
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_what_is_advised_for_a_pytorch_model_bin_makes_it_readable(tmp_path, folder, parts):
+    shutil.copytree(folder, tmp_path / "a model's")
+    weights = list(load_file(folder / WEIGHTS).items())
+    weights.append(("lm_head.decoder.weight", weights[0][1].T))  # the same memory, and not contiguous
+    for part in range(parts):
+        torch.save(dict(weights[part::parts]), tmp_path / "a model's" / f"pytorch_model{f'-{part}' * (parts - 1)}.bin")
+    (tmp_path / "a model's" / WEIGHTS).unlink()
+    with pytest.raises(InputError, match="holds pytorch_model.*bin and no model.safetensors; to convert it: ") as error:
+        xlmr.load(tmp_path / "a model's")
+    command = str(error.value).partition("to convert it: ")[2]
+    subprocess.run(command.replace("python", shlex.quote(sys.executable), 1), shell=True, check=True)
+    expected, ours = xlmr.load(folder).state_dict(), xlmr.load(tmp_path / "a model's").state_dict()
+    assert all(torch.equal(w, ours[name]) for name, w in expected.items())
+    assert hf.AutoModelForSequenceClassification.from_pretrained(tmp_path / "a model's")
+
+
+TEXTS = ["dog cat sleep", "  the  cow\teats  ", "hund?  ﬁ Ａ ① é", "", "\u2028 katze\u00a0kuh\u3000", "chien" * 3]
+E5 = Path(__file__).parent.parent / "models" / "multilingual-e5-small" / "sentencepiece.bpe.model"
+
+
+@pytest.mark.parametrize("real", [False, pytest.param(True, marks=pytest.mark.skipif(not E5.is_file(), reason="none"))])
+def test_auto_tokenizer_makes_our_ids_of_what_is_saved(tmp_path, tiny_tokenizer, real):
+    """Without SentencePiece's file. The oracle is that library, by way of data.Tokenizer."""
+    file = E5 if real else tiny_tokenizer
+    model = fresh(vocab_size=100)
+    xlmr.save(model, tmp_path / "best", tokenizer=file)
+    before = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "best").iterdir()}
+    xlmr.save(model, tmp_path / "best", tokenizer=file)  # and is not made again each time
+    kept = {name for name, time in before.items() if (tmp_path / "best" / name).stat().st_mtime_ns == time}
+    assert kept == {*before} - {CONFIG, WEIGHTS} and len(kept) == 3
+    (tmp_path / "best" / "sentencepiece.bpe.model").unlink()
+    theirs, ours = hf.AutoTokenizer.from_pretrained(tmp_path / "best"), Tokenizer(file)
+    for a, b in zip(TEXTS, [*TEXTS[1:], TEXTS[0]], strict=True):
+        (first, second), found = ours.encode_batch([a, b]), theirs([a], [b])
+        assert theirs(a)["input_ids"] == [0, *first, 2] and found["input_ids"] == [[0, *first, 2, 2, *second, 2]]
+        assert set(found) == {"input_ids", "attention_mask"}
+    special = theirs.convert_tokens_to_ids(["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
+    assert special == [0, 1, 2, 3, ours.vocab_size - 1]
+    assert (theirs.pad_token_id, theirs.model_max_length, len(theirs)) == (1, 38, ours.vocab_size)
+    assert theirs.decode(theirs("dog cat")["input_ids"], skip_special_tokens=True) == "dog cat"
 
 
 @pytest.mark.parametrize(
     ("options", "hidden", "attention"),
     [({"hidden_dropout_prob": 0.3}, 0.3, 0.2), ({"attention_probs_dropout_prob": 0.0}, 0.1, 0.0), ({}, 0.1, 0.2)],
 )
-def test_load_takes_other_dropout_than_the_configs_and_goes_round(tmp_path, folder, options, hidden, attention):
+def test_load_takes_other_dropout_than_the_configs_and_goes_round(
+    tmp_path, folder, tiny_tokenizer, options, hidden, attention
+):
     shutil.copytree(folder, tmp_path / "theirs")
     config_with(attention_probs_dropout_prob=0.2)(tmp_path / "theirs")  # hidden_dropout_prob is 0.1
     ours = xlmr.load(tmp_path / "theirs", **options)
     assert {module.p for module in ours.modules() if isinstance(module, torch.nn.Dropout)} == {hidden}
     assert {m.dropout for m in ours.modules() if isinstance(m, xlmr.SelfAttention)} == {attention}
-    (tmp_path / "pieces").write_bytes(b"pieces")
-    xlmr.save(ours, tmp_path / "ours", tokenizer=tmp_path / "pieces")
+    xlmr.save(ours, tmp_path / "ours", tokenizer=tiny_tokenizer)
     again = xlmr.load(tmp_path / "ours")
     assert again.config == ours.config
     assert all(torch.equal(w, again.state_dict()[name]) for name, w in ours.state_dict().items())
-    names = [CONFIG, WEIGHTS, "sentencepiece.bpe.model"]
+    names = [CONFIG, WEIGHTS, "sentencepiece.bpe.model", "tokenizer.json", "tokenizer_config.json"]
     assert sorted(file.name for file in (tmp_path / "ours").iterdir()) == names
-    assert (tmp_path / "ours" / names[2]).read_bytes() == b"pieces"
+    assert (tmp_path / "ours" / names[2]).read_bytes() == tiny_tokenizer.read_bytes()
 
 
 def test_a_loaded_model_does_not_hold_the_file(tmp_path):
@@ -436,15 +575,30 @@ def test_a_loaded_model_does_not_hold_the_file(tmp_path):
     assert all(torch.equal(w, before[name]) for name, w in ours.state_dict().items())
 
 
+def test_tensors_are_written_as_safetensors_writes_them(tmp_path):
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    tensors = {"b é": torch.randn(3, 5), "a": torch.randn(()), "none": torch.zeros(0, 3), "c": torch.randn(4, 2).T}
+    kinds = (torch.float64, torch.int64, torch.int32, torch.bool)
+    for more in ({}, {f"{kind}": torch.arange(-1, 6).to(kind) for kind in kinds}):
+        tensors |= more
+        sha256 = xlmr.write_tensors(tensors, ours)
+        assert sha256 == data.file_sha256(ours)
+        found = load_file(ours)
+        assert all(found[name].dtype == t.dtype and torch.equal(found[name], t) for name, t in tensors.items())
+        save_file({name: t.contiguous() for name, t in tensors.items()}, theirs, metadata={"format": "pt"})
+        assert more or ours.read_bytes() == theirs.read_bytes()
+        assert ours.stat().st_size == theirs.stat().st_size and found.keys() == tensors.keys()
+
+
 def test_a_save_that_fails_leaves_the_last_one(tmp_path, monkeypatch):
     xlmr.save(fresh(), tmp_path)
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
 
-    def full(weights, file, metadata):
+    def full(weights, file):
         file.write_bytes(b"half")
-        raise xlmr.SafetensorError("No space left on device")
+        raise OSError("No space left on device")
 
-    monkeypatch.setattr(xlmr, "save_file", full)
+    monkeypatch.setattr(xlmr, "write_tensors", full)
     with pytest.raises(OSError, match="No space left"):
         xlmr.save(fresh(), tmp_path)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
@@ -500,11 +654,71 @@ def sharded(change):
 
     def damage(folder):
         reference(hf.XLMRobertaForSequenceClassification).save_pretrained(folder, max_shard_size="30KB")
+        (folder / WEIGHTS).unlink()  # which transformers would read, and so do we
         index = json.loads((folder / INDEX).read_text())
         change(folder, index["weight_map"])
         (folder / INDEX).write_text(json.dumps(index))
 
     return damage
+
+
+def index_alone(text):
+    def damage(folder):
+        (folder / WEIGHTS).unlink()
+        (folder / INDEX).write_text(text)
+
+    return damage
+
+
+def header_with(change):
+    """What writes the header anew: `change(header)` is what it says from then on, or does it in place."""
+
+    def content(file):
+        length = int.from_bytes(file[:8], "little")
+        header = json.loads(file[8 : 8 + length])
+        new = change(header)
+        text = (json.dumps(header) if new is None else new).encode()
+        return len(text).to_bytes(8, "little") + text + file[8 + length :]
+
+    return written(WEIGHTS, content)
+
+
+def entry(change, name=DENSE):
+    return header_with(lambda header: header[name].update(change(header[name])))
+
+
+def swapped(header):
+    """Two tensors of one shape stand where the other does."""
+    a, b = (header[f"roberta.encoder.layer.{n}.output.dense.weight"] for n in (0, 1))
+    a["data_offsets"], b["data_offsets"] = b["data_offsets"], a["data_offsets"]
+
+
+def a_hole(header):
+    """From here on everything lies 4 bytes further."""
+    for name in [*header][-3:]:
+        header[name]["data_offsets"] = [at + 4 for at in header[name]["data_offsets"]]
+
+
+HEADERS = {
+    "swapped": header_with(swapped),
+    "overlapping": entry(lambda e: {"data_offsets": [at - 4 for at in e["data_offsets"]]}),
+    "a hole": header_with(a_hole),
+    "beyond the file": entry(lambda e: {"data_offsets": [at + 10**9 for at in e["data_offsets"]]}),
+    "backwards": entry(lambda e: {"data_offsets": e["data_offsets"][::-1]}),
+    "negative": entry(lambda e: {"data_offsets": [-8192, 0]}),
+    "another type": entry(lambda e: {"dtype": "F16"}),
+    "an unknown type": entry(lambda e: {"dtype": "FLOAT"}),
+    "a shape of 10^18": entry(lambda e: {"shape": [10**9, 10**9]}),
+    "a shape of too few": entry(lambda e: {"shape": [32, 63]}),
+    "a shape of text": entry(lambda e: {"shape": "3264"}),
+    "a shape of fractions": entry(lambda e: {"shape": [32.0, 64.0]}),
+    "a long shape": entry(lambda e: {"shape": [32, 64] + [1] * 100_000}),
+    "three places": entry(lambda e: {"data_offsets": [*e["data_offsets"], 0]}),
+    "no shape": header_with(lambda h: h[DENSE].pop("shape") and None),
+    "a list": header_with(lambda h: "[]"),
+    "nested": header_with(lambda h: '{"a":' * 100_000),
+    "of 2^60 bytes": written(WEIGHTS, lambda c: (2**60).to_bytes(8, "little") + c[8:]),
+}  # fmt: skip
 
 
 def absent_from_its_shard(folder, files):
@@ -530,27 +744,53 @@ BAD = {  # how a folder is damaged, the file that the message names, what it say
     "too many layers of a bare encoder": (bare_encoder_of_two_layers, WEIGHTS, "encoder.layer.2."),
     "labels": (config_with(id2label={"0": "no", "1": "yes"}), WEIGHTS, "classifier.out_proj"),
     # a config that is none, or of another model
-    **{f"config {text!r}": (written(CONFIG, text), CONFIG, "not a model's config.json")
-       for text in ("", "[]", "null", "\ufeff{}", b"\xff\xfe", "<html></html>")},
-    **{f"{name} is {value!r}": (config_with(**{name: value}), CONFIG, "not a model's config.json")
-       for name, value in (("hidden_size", "wide"), ("hidden_size", float("inf")), ("vocab_size", None),
-                           ("id2label", {"0": "a", "2": "b"}), ("id2label", ["a", "b"]))},
-    "another type": (config_with(model_type="bert"), CONFIG, "model_type is 'bert'"),
-    "another activation": (config_with(hidden_act="relu"), CONFIG, "hidden_act is 'relu'"),
-    "five heads": (config_with(num_attention_heads=5), CONFIG, "hidden_size a multiple of num_attention_heads"),
-    "a negative size": (config_with(hidden_size=-32), CONFIG, "sizes must be positive"),
-    "no layers": (config_with(num_hidden_layers=0), CONFIG, "sizes must be positive"),
-    "an enormous size": (config_with(vocab_size=10**18), CONFIG, "more than ten million"),
-    "dropout of all": (config_with(hidden_dropout_prob=1.5), CONFIG, "a dropout probability"),
+    **{f"config {text!r}": (written(CONFIG, text), CONFIG, says)
+       for text, says in (("", "is empty"), ("[]", "not a model's config.json"), ("null", "not a model's config.json"),
+                          ("{}", "vocab_size is None"), (b"\xff\xfe", "not valid UTF-8"),
+                          ("<html></html>", "not whole JSON"), ("[" * 100_000, "not JSON as it should be"),
+                          ('{"a": 1, "a": 1}', "a stands there twice"), ('{"a": ' + "9" * 400 + "}", "a is 99999"))},
+    **{f"{name} is {value!r}": (config_with(**{name: value}), CONFIG, f"{name} is {value!r:.20}")
+       for name, value in (
+           ("hidden_size", "wide"), ("hidden_size", 16.9), ("hidden_size", 32.0), ("hidden_size", True),
+           ("hidden_size", -32), ("hidden_size", [32]), ("vocab_size", None), ("vocab_size", 10**12), ("vocab_size", 3),
+           ("num_hidden_layers", 10**5), ("num_hidden_layers", 0), ("num_hidden_layers", "3"),
+           ("num_attention_heads", 0), ("num_attention_heads", 5), ("intermediate_size", 10**9),
+           ("max_position_embeddings", 1), ("max_position_embeddings", 2), ("max_position_embeddings", 10**9),
+           ("type_vocab_size", 0), ("layer_norm_eps", -1), ("layer_norm_eps", 0), ("layer_norm_eps", 1e300),
+           ("layer_norm_eps", "1e-5"), ("layer_norm_eps", False), ("hidden_dropout_prob", 1.5),
+           ("hidden_dropout_prob", 1), ("hidden_dropout_prob", None), ("attention_probs_dropout_prob", -0.1),
+           ("model_type", "bert"), ("model_type", "xlm-roberta-xl"), ("model_type", ["roberta"]),
+           ("hidden_act", "relu"), ("position_embedding_type", "relative_key"), ("pad_token_id", 0))},
+    **{f"layer_norm_eps is {value}": (config_with(layer_norm_eps=value), CONFIG, f"layer_norm_eps is {value}")
+       for value in (float("nan"), float("inf"), float("-inf"))},
+    **{f"id2label is {value!r:.20}": (config_with(id2label=value), CONFIG, "id2label does not name classes 0, 1, ...")
+       for value in ({"0": "a", "2": "b"}, ["a", "b"], {"0": 3}, {"no": "a"}, dict.fromkeys(range(1001), "a"))},
+    "an enormous number": (written(CONFIG, lambda c: c.replace(b"100", b"1e999")), CONFIG, "vocab_size is inf"),
+    # a header that does not say what lies in the file
+    **{f"header: {name}": (damage, WEIGHTS, "not JSON" if name == "nested" else "not a whole safetensors")
+       for name, damage in HEADERS.items()},
+    "a long name of no place": (weights_with(lambda w: w.update({f"{LAYER}.{'x' * 5000}": torch.zeros(1)})), WEIGHTS,
+                                f"{f'{LAYER}.{chr(120) * 5000}'[:80]} has no place"),
+    "an integer type": (weights_with(lambda w: w.update({DENSE: torch.zeros(32, 64, dtype=torch.int32)})), WEIGHTS,
+                        f"{DENSE} is of type I32"),
+    "an infinite weight": (weights_with(lambda w: w[DENSE][3].fill_(torch.inf)), WEIGHTS, f"{DENSE} is not finite"),
+    "header: of the whole file": (written(WEIGHTS, lambda c: (len(c) - 8).to_bytes(8, "little") + c[8:]), WEIGHTS,
+                                  "not valid UTF-8"),
+    "a name twice": (header_with(lambda h: json.dumps(h)[:-1] + f', "{DENSE}": {{}}}}'), WEIGHTS, "stands there twice"),
+    "BERT's names": (weights_with(lambda w: [w.update({"bert." + n: w.pop(n)}) for n in [*w]]), "", "(it has bert."),
+    "another head": (weights_with(lambda w: w.pop("classifier.dense.bias")), "", "the weight classifier.dense.bias is"),
     # an index of several files
     "no shard": (sharded(lambda folder, files: (folder / files[DENSE]).unlink()), "", ".safetensors: no such file"),
     **{f"shard at {place}": (sharded(lambda folder, files, place=place: files.update({DENSE: place})), INDEX,
                              f"{place!r} is not the name of a file beside it")
        for place in ("../elsewhere.safetensors", "/elsewhere.safetensors")},
+    "a shard of a long name": (sharded(lambda folder, files: files.update({DENSE: "x" * 5000})), INDEX,
+                               f"{'x' * 40!r} is not the name of a file beside it"),
     "absent from its shard": (sharded(absent_from_its_shard), "", DENSE),
     "unlisted": (sharded(lambda folder, files: files.pop(DENSE)), "", f"the weight {DENSE} is missing"),
-    **{f"index {text!r}": (written(INDEX, text), INDEX, "not an index of safetensors files")
-       for text in ("", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 3}}')},
+    **{f"index {text!r}": (index_alone(text), INDEX, says)
+       for text, says in (("", "is empty"), *[(text, "not an index of safetensors files") for text in
+                          ("[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 3}}')])},
 }  # fmt: skip
 
 

@@ -1,9 +1,11 @@
 """The page of all that was run, and the results in the README."""
 
+import json
 import re
 from pathlib import Path
 
 import pytest
+import soak
 from made_up import run_of, seeds_of, write
 from test_tables import everywhere
 
@@ -11,9 +13,10 @@ from paper import report
 
 ROOT = Path(__file__).resolve().parent.parent
 BEFORE, BETWEEN, AFTER = "# Title\n\nText with `code`.\n\n", "\n\n## The demo\n\n", "\n\n## Licence\n\nNone.\n"
-MARKS = [f"<!-- {text} -->" for name in ("does it work", "demo", "speed")
+MARKS = [f"<!-- {text} -->" for name in ("does it work", "demo", "speed", "promises")
          for text in (f"{name}: written by make results", f"end of {name}")]  # fmt: skip
-EMPTY = f"{BEFORE}{MARKS[0]}\n{MARKS[1]}{BETWEEN}{MARKS[2]}\nold\n{MARKS[3]}\n{MARKS[4]}\n{MARKS[5]}{AFTER}"
+EMPTY = (f"{BEFORE}{MARKS[0]}\n{MARKS[1]}{BETWEEN}{MARKS[2]}\nold\n{MARKS[3]}\n{MARKS[4]}\n{MARKS[5]}\n{MARKS[6]}\n"
+         f"{MARKS[7]}{AFTER}")  # fmt: skip
 
 
 def markdown_tables(text):
@@ -133,8 +136,10 @@ def test_the_blocks_of_the_readme(results, tmp_path, run_main, readme, undrawn):
     assert run_main(*command).status == 0
     whole = text = readme.read_text()
     page = (results / "README.md").read_text()
-    assert text.startswith(f"{BEFORE}{MARKS[0]}\n") and text.endswith(f"\n{MARKS[5]}{AFTER}")
-    text, _, speed = text.removesuffix(AFTER).partition(f"\n{MARKS[4]}\n")
+    assert text.startswith(f"{BEFORE}{MARKS[0]}\n") and text.endswith(f"\n{MARKS[7]}{AFTER}")
+    text, _, promises = text.partition(f"\n{MARKS[6]}\n")
+    assert promises == f"\nNothing was tried yet: `make soak`.\n\n{MARKS[7]}{AFTER}"
+    text, _, speed = text.partition(f"\n{MARKS[4]}\n")
     assert speed == f"\nNothing was measured yet: `make bench`.\n\n{MARKS[5]}"
     work, _, demo = text.removeprefix(BEFORE).partition(BETWEEN)
     assert work.splitlines()[-1] == MARKS[1] and demo.splitlines()[0] == MARKS[2] and "\nold\n" not in demo
@@ -156,7 +161,24 @@ def test_the_blocks_of_the_readme(results, tmp_path, run_main, readme, undrawn):
     assert run_main(*command).status == 0 and (readme.read_text(), (results / "README.md").read_text()) == (whole, page)
 
 
-@pytest.mark.parametrize("i", range(6))
+@pytest.mark.parametrize("complete", [True, False])
+def test_the_promises(results, run_main, readme, undrawn, complete):
+    """A row for each, of what tests/soak.py wrote."""
+    found = [{"name": name, "what": what, "tried": 100_000, "held": 99_999, "failed": 1}
+             for name, (what, _) in soak.PROMISES.items()]  # fmt: skip
+    about = {"machine": {"cores": 2}, "seed": 3, "complete": complete, "seconds": 1500, "promises": found}
+    (results / "soak.json").write_text(json.dumps(about))
+    assert run_main("report", results, "--out", results, "--readme", readme).status == 0
+    block = readme.read_text().partition(f"{MARKS[6]}\n")[2].partition(MARKS[7])[0]
+    header, *rows = markdown_tables(block)[0]
+    assert header == ["promise", "tried", "held", "failed"]
+    assert rows == [[what, "100,000", "99,999", "1"] for what, _ in soak.PROMISES.values()]
+    stopped = "" if complete else " It was stopped before its end."
+    assert block.endswith(f"\n\n`make soak`: 2 CPU cores, 25 minutes, seed 3.{stopped}\n\n")
+    assert len(block.strip().splitlines()) <= 12 and max(map(len, block.splitlines())) <= 120
+
+
+@pytest.mark.parametrize("i", range(8))
 def test_a_readme_without_a_mark_stays_as_it_is(results, tmp_path, run_main, readme, i):
     text = EMPTY.replace(MARKS[i], "")
     readme.write_text(text)

@@ -1,18 +1,15 @@
 """Finished runs: reading them, which of them are one setup, and the differences between them."""
 
-import json
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
-from made_up import DF, SLOWFAST, by_hand, counted, log, run_of, score_of, setup_of, write
+from made_up import DF, SLOWFAST, by_hand, counted, run_of, score_of, setup_of, write
 
 from data import InputError
 from paper import results
-from paper.results import difference, read_log, read_runs, setups_of
+from paper.results import difference, read_runs, setups_of
 
-ROOT = Path(__file__).resolve().parent.parent
 LANGUAGES = ("de", "en", "fr")
 FIFTEEN = "ar bg de el en es fr hi ru sw th tr ur vi zh".split()
 
@@ -30,46 +27,6 @@ def test_no_finished_run(tmp_path):
     for folder in (tmp_path, tmp_path / "none"):
         with pytest.raises(InputError, match=re.escape(str(folder))):
             read_runs([folder])
-
-
-def without(*names, **changes):
-    """A result.json as text that lacks this, or has it otherwise."""
-    run = run_of({"en": 80.0, "de": 70.0}) | changes | {"folder": None}
-    return json.dumps({k: v for k, v in run.items() if k not in names})
-
-
-BROKEN = {
-    "empty": "", "cut": without()[:200], "list": "[]", "null": "null", "no dev": without(dev=None),
-    "no source": without(dev={"scores": {"de": 60.0, "fr": 70.0}}), "no scores": without(dev={"scores": {}}),
-    "scores in a list": without(dev={"scores": [60.0, 80.0]}),
-    "in words": without(test={"scores": {"en": "high", "de": "low"}}),
-    "no settings": without("settings"), "settings cut": without(settings={"method": "df"}),
-    "test without source": without(test={"scores": {"de": 60.0}}), "no updates": without("updates"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("text", BROKEN.values(), ids=BROKEN)
-def test_a_broken_result_is_named(tmp_path, text):
-    folder = write(tmp_path, run_of({"en": 80.0, "de": 70.0}), text)
-    with pytest.raises(InputError, match=re.escape(str(folder / "run1" / "result.json"))):
-        read_runs([folder])
-
-
-@pytest.mark.parametrize("text", [b'{"update": 100, "lo', b"[]\n", b"text\n", b'{"loss": 1.0}\n', b"\0\0\xff"])
-def test_a_broken_log_is_named(tmp_path, text):
-    log(tmp_path, (100, 1.0, 1, None))
-    assert read_log({"folder": tmp_path})[0]["loss"] == 1.0
-    results.log_of.cache_clear()
-    (tmp_path / "log.jsonl").write_bytes(text)
-    with pytest.raises(InputError, match=re.escape(str(tmp_path / "log.jsonl"))):
-        read_log({"folder": tmp_path})
-
-
-def test_a_kept_run_is_whole():
-    for file in (ROOT / "results").rglob("result.json"):
-        result, settings = (json.loads((file.parent / name).read_text()) for name in ("result.json", "settings.json"))
-        assert result["settings"] == settings
-        assert read_log({"folder": file.parent})[-1]["update"] == result["updates"]
 
 
 # --- setups --------------------------------------------------------------------------------------------------

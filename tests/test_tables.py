@@ -358,6 +358,7 @@ def test_curves_hold_loss_phase_and_gap_by_update(tmp_path):
     runs = [run_of({"en": 1.0}, "fs", folder=tmp_path / "a"), run_of({"en": 1.0}, seed=3, folder=tmp_path / "b")]
     for run in runs:
         run["folder"].mkdir()
+        run["updates"] = 200
     log(tmp_path / "a", (100, 1.0986, 1, None), (200, 0.98765, 2, 12.34))
     log(tmp_path / "b", (100, 1.1, 1, 0.0), (150, 1.0, 1, -1.25), (200, 0.5, 2, 10.0))
     assert curve_table(setup_of(*runs)) == [
@@ -388,7 +389,7 @@ def sections(run_main, *arguments):
 def test_each_setup_and_each_split_has_its_table(tmp_path, run_main):
     """What differs in kind is never set in one table. The test sets come first; runs without scores are left out."""
     folder = write(
-        tmp_path, crossed(), crossed("fs", first=10.0), run_of({"en": 80.0, "de": 70.0}, task="mlqa", split="dev"),
+        tmp_path, crossed(), crossed("fs", first=30.0), run_of({"en": 80.0, "de": 70.0}, task="mlqa", split="dev"),
         run_of({"en": 30.0, "de": 20.0}, task="mlqa", lr=1e-3), run_of({"en": 77.0, "de": 66.0}),
     )  # fmt: skip
     found = sections(run_main, folder)
@@ -451,4 +452,6 @@ def test_tables_from_the_command_line(tmp_path, run_main, run_command, command):
 def test_what_is_no_split_or_no_measure_is_refused(tmp_path, run_main, options):
     result = run_main("table", write(tmp_path, crossed()), *options)
     assert (result.status, result.out, result.err.count("\n")) == (2, "", 1)
-    assert result.err.startswith("paper: ") and "they have dev, test, test-7x7" in result.err
+    has = "dev, test, test-7x7" if options[0] == "--split" else "accuracy, exact_match"
+    said = f"paper: {' '.join(options)}: these runs have no such"
+    assert result.err.startswith(said) and result.err.endswith(f"they have {has}\n")
