@@ -192,7 +192,7 @@ class SlowFast:
         self.phase, self.threshold, self.fraction, self.total_updates = phase, threshold, fraction, total_updates
         self.curve, self.similarities = LearningCurve(window), deque(maxlen=10)
         self.updates = self.updates_in_first_phase = 0
-        self.undo = contextlib.ExitStack()  # what detach() takes off again
+        self._undo = contextlib.ExitStack()  # what detach() takes off again
         refuse(optimizer, self.method, scale)
         self._watch = Watch(self, optimizer, watch)
         self._put_around(optimizer)
@@ -269,8 +269,8 @@ class SlowFast:
                 after(scaled)
 
         ours = optimizer.step = types.MethodType(torch.compiler.disable(step, recursive=False), optimizer)
-        self.undo.callback(setattr, self, "optimizer", None)  # what lies around our step calls it still
-        self.undo.callback(lambda: own.get("step") is ours and (own.pop("step"), own.update(earlier)))
+        self._undo.callback(setattr, self, "optimizer", None)  # what lies around our step calls it still
+        self._undo.callback(lambda: own.get("step") is ours and (own.pop("step"), own.update(earlier)))
 
     def _before_step(self, kwargs, scaled):
         if self.optimizer is None:  # detached
@@ -282,7 +282,7 @@ class SlowFast:
         for group in self.optimizer.param_groups:
             k = multipliers.get(group.get("name"), 1.0)
             if k != 1.0 and self.scale == "rate":
-                scheduled, group["lr"] = group["lr"], group["lr"] * k
+                scheduled, group["lr"] = group["lr"], group["lr"] * k  # Eq. 1: theta - K lr update
                 scaled.append((group, scheduled, group["lr"]))
             elif k != 1.0:
                 scaled += [(p, p.detach().clone(), k) for p in group["params"]]
@@ -292,7 +292,7 @@ class SlowFast:
         self._watch.stepping = False
         if self.scale == "update":
             for p, old, k in scaled:
-                p.copy_(torch.lerp(old, p, k))  # theta_old + K (theta_new - theta_old)
+                p.copy_(torch.lerp(old, p, k))  # Eq. 1: theta_old + K (theta_new - theta_old)
             return
         kept = [group["lr"] is in_force for group, _, in_force in scaled]
         for group, scheduled, _ in scaled:
@@ -317,7 +317,7 @@ class SlowFast:
 
     def detach(self):
         """Takes everything off the optimiser and off what is watched. The curve stays."""
-        self.undo.close()
+        self._undo.close()
 
 
 # --- Adam and its schedule (Appendix B: "the Adam optimizer with warm-up") -----------------------------------------
@@ -609,14 +609,14 @@ class Watch:
         self.seen, self.left = [], []  # [loss, g, divided, the pass that it is in, None after it]; what was written
         self.go_on(knows=not any(isinstance(s, dict) and s and s.get("step", 1) > 0 for s in optimizer.state.values()))
         optimizer.__reduce_ex__ = self.refuse_copy  # where copy and pickle look first
-        policies.undo.callback(delattr, optimizer, "__reduce_ex__")
+        policies._undo.callback(delattr, optimizer, "__reduce_ex__")
         save = optimizer.register_state_dict_post_hook(lambda _, state: state.update(slowfast=policies.state_dict()))
-        policies.undo.callback(save.remove)
-        policies.undo.callback(optimizer.register_load_state_dict_pre_hook(self.load).remove)
+        policies._undo.callback(save.remove)
+        policies._undo.callback(optimizer.register_load_state_dict_pre_hook(self.load).remove)
         if self.on:
             before, after = (types.MethodType(torch.compiler.disable(f), self) for f in (Watch.before, Watch.after))
-            policies.undo.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
-            policies.undo.callback(module.register_forward_hook(after, with_kwargs=True).remove)
+            policies._undo.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+            policies._undo.callback(module.register_forward_hook(after, with_kwargs=True).remove)
 
     def __getstate__(self):
         return {}

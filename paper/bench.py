@@ -11,6 +11,7 @@ process's, with its libraries and what making the model took. From top to bottom
 table, the command line.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -272,12 +273,23 @@ def shown(found):
 # --- the table -----------------------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def as_written(file, by):
+    """Raises InputError for a file that anybody may have touched and that is read within."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        says = f"{type(e).__name__} {e}"[:200]
+        raise InputError(f"{file} is not as `{by}` writes it ({says}): restore it, or run that again") from e
+
+
 def speed(folder):
     """Lines of Markdown: a table of a folder's files, a row each."""
     rows = ["device, model, updates/s, tokens/s, × Trainer, × compiled, × XTREME, memory".split(", ")]
     for file in sorted(Path(folder).glob("*.json")):
-        found = json.loads(file.read_text(encoding="utf-8"))
-        rows += [row_of(found)] if "training" in found else []
+        with as_written(file, "make bench"):
+            found = json.loads(file.read_text(encoding="utf-8"))
+            rows += [row_of(found)] if found.get("training") else []
     if len(rows) == 1:
         return ["Nothing was measured yet: `make bench`."]
     rows = list(zip(*(column for column in zip(*rows) if set(column[1:]) != {"-"})))  # what nobody measured

@@ -13,7 +13,7 @@ import textwrap
 from pathlib import Path
 
 from data import InputError, whole_file
-from paper.bench import speed
+from paper.bench import as_written, speed
 from paper.figures import caption_of, draw, shows
 from paper.finished import read_text
 from paper.grid import FIGURES, TITLES, titled
@@ -199,11 +199,12 @@ def promises(file):
     """What `make soak` tried, a row a promise, of the file that it wrote."""
     if not file.is_file():
         return ["Nothing was tried yet: `make soak`."]
-    found = json.loads(read_text(file))
-    rows = [["promise", "tried", "held", "failed"]]
-    rows += [[p["what"], *(f"{p[name]:,}" for name in rows[0][1:])] for p in found["promises"]]
-    about = f"{found['machine']['cores']} CPU cores, {found['seconds'] / 60:.0f} minutes, seed {found['seed']}"
-    unfinished = "" if found["complete"] else " It was stopped before its end."
+    with as_written(file, "make soak"):
+        found = json.loads(file.read_text(encoding="utf-8"))
+        rows = [["promise", "tried", "held", "failed"]]
+        rows += [[p["what"], *(f"{p[name]:,}" for name in rows[0][1:])] for p in found["promises"]]
+        about = f"{found['machine']['cores']} CPU cores, {found['seconds'] / 60:.0f} minutes, seed {found['seed']}"
+        unfinished = "" if found["complete"] else " It was stopped before its end."
     return [render(rows, markdown=True), "", *wrapped(f"`make soak`: {about}.{unfinished}")]
 
 

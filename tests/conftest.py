@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -203,6 +204,15 @@ def write_tasks(folder):
 def tiny_tasks(tmp_path_factory):
     """A data folder of write_tasks. Not to be written to."""
     return write_tasks(tmp_path_factory.mktemp("tasks"))
+
+
+@pytest.fixture(scope="module")
+def official(tiny_data, tiny_tasks, tmp_path_factory):
+    """The files of all tasks in a folder of its own for each file of tests, which may change and mend it."""
+    folder = tmp_path_factory.mktemp("official")
+    for tiny in (tiny_data, tiny_tasks):
+        shutil.copytree(tiny, folder, dirs_exist_ok=True)
+    return folder
 
 
 def contents(folder):

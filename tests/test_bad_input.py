@@ -336,15 +336,6 @@ QUICK = "--device cpu --precision fp32 --max-updates 1 --gap-every 0 --cka-every
 
 
 @pytest.fixture(scope="module")
-def official(tiny_data, tiny_tasks, tmp_path_factory):
-    """The files of all tasks, in a folder that these tests change and mend."""
-    folder = tmp_path_factory.mktemp("official")
-    for tiny in (tiny_data, tiny_tasks):
-        shutil.copytree(tiny, folder, dirs_exist_ok=True)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def run_arguments(official, tiny_model, tmp_path_factory):
     """run_arguments("ner", "--lr", 1): those of a run of one update."""
     where = ["--data", official, "--cache", tmp_path_factory.mktemp("cache")]

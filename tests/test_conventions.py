@@ -6,6 +6,7 @@ import functools
 import pytest
 import torch
 import transformers
+from test_slowfast import stand_in
 
 import slowfast
 from slowfast import Convention, Place, SlowFast, param_groups, places
@@ -292,19 +293,6 @@ def test_last_1_freezes_what_the_table_calls_embeddings():
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------
-
-
-def stand_in(names):
-    root = torch.nn.Module()
-    for name in names:
-        *path, leaf = name.split(".")
-        module = root
-        for part in path:
-            if part not in module._modules:
-                module.add_module(part, torch.nn.Module())
-            module = module._modules[part]
-        module.register_parameter(leaf, torch.nn.Parameter(torch.zeros(1)))
-    return root
 
 
 def layer_of(n, *blocks):

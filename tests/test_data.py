@@ -929,15 +929,6 @@ TRAIN = {"xnli": "XNLI-MT-1.0/multinli/multinli.train.{}.tsv", "mlqa": "squad/tr
 tasks = pytest.mark.parametrize("name", LANGUAGES)
 
 
-@pytest.fixture(scope="module")
-def official(tiny_data, tiny_tasks, tmp_path_factory):
-    """A data folder with the files of all tasks. Not to be written to."""
-    folder = tmp_path_factory.mktemp("official")
-    for tiny in (tiny_data, tiny_tasks):
-        shutil.copytree(tiny, folder, dirs_exist_ok=True)
-    return folder
-
-
 @pytest.fixture
 def folder(official, tmp_path):
     return Path(shutil.copytree(official, tmp_path / "data"))

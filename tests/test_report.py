@@ -161,6 +161,22 @@ def test_the_blocks_of_the_readme(results, tmp_path, run_main, readme, undrawn):
     assert run_main(*command).status == 0 and (readme.read_text(), (results / "README.md").read_text()) == (whole, page)
 
 
+@pytest.mark.parametrize("name", ["soak.json", "bench/cpu.json"])
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"\xff", b"[]", b"{}", b'{"training": 1, "promises": [{"what": 1}]}', b"[" * 10**5]
+)
+def test_measurements_that_are_damaged(results, run_main, readme, undrawn, name, content):
+    """One line with the file; {} is a measurement of nothing for the one, and damaged for the other."""
+    file = results / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_bytes(content)
+    done = run_main("report", results, "--out", results, "--readme", readme)
+    if (name, content) == ("bench/cpu.json", b"{}"):
+        assert done.status == 0
+    else:
+        assert done.status == 2 and done.err.count("\n") == 1 and str(file) in done.err, done
+
+
 @pytest.mark.parametrize("complete", [True, False])
 def test_the_promises(results, run_main, readme, undrawn, complete):
     """A row for each, of what tests/soak.py wrote."""
