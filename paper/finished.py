@@ -83,12 +83,13 @@ SPLIT = {
 RESULT = {
     "settings": (DESCRIBED, NEEDED), "seed": (whole(0), NEEDED), "dev": (SPLIT, NEEDED), "updates": (whole(1), NEEDED),
     "updates_in_first_phase": (whole(0), NEEDED), "seconds": (number(0, 1e12), NEEDED), "device": (TEXT, NEEDED),
+    "best_update": (whole(1), PERHAPS),
     **dict.fromkeys(("test", "xquad", "squad", "test-7x7", "dev-7x7"), (SPLIT, OR_NULL)),
 }  # fmt: skip
 LINE = {
     "update": (whole(1), NEEDED), "updates_in_first_phase": (whole(0), NEEDED), "loss": (number(0, 1e12), OR_NULL),
     "phase": (whole(1, 2), PERHAPS), "gap": (number(-100, 100), OR_NULL), "scores": (SCORES, PERHAPS),
-    "cka": (CKA, PERHAPS),
+    "source": (number(0, 100), PERHAPS), "cka": (CKA, PERHAPS),
 }  # fmt: skip
 
 

@@ -17,13 +17,14 @@ import numpy as np
 from data import MLQA_LANGUAGES, NER_LANGUAGES, SOURCE, InputError
 from eval import MEASURES, summary
 from paper.arguments import TASK_NAMES, VARIED
-from paper.finished import read_counts, read_result, source_of, splits_of
+from paper.finished import read_counts, read_log, read_result, source_of, splits_of
 from paper.methods import METHODS
-from paper.options import FIELDS, RESULT, decides
+from paper.options import FIELDS, POLICIES, RESULT, decides
 
 # {table: {row: {column: [mean, standard deviation over 4 seeds]}}}: Tables 1 to 8 of the paper, as printed
 PAPER = json.loads(Path(__file__).with_name("numbers.json").read_text(encoding="utf-8"))
 PAPER.pop("about")
+POLICY_SETTINGS = {name for name, f in FIELDS.items() if f.metadata.get("group") == POLICIES}
 # The languages that the paper's averages are over.
 PAPER_LANGUAGES = {
     "xnli": list(PAPER["table7"]["df"]), "ner": NER_LANGUAGES, "mlqa": list(MLQA_LANGUAGES), "qam": ["de", "en", "fr"],
@@ -101,6 +102,11 @@ class Setup:
         )  # fmt: skip
 
     @property
+    def chose_the_last(self):
+        """Whether the chosen model of each run is its last: then the gap at the end is that of the scores."""
+        return all(run.get("best_update", run["updates"]) == run["updates"] for run in self.runs)
+
+    @property
     def of_the_demos_texts(self):
         return Path(self.settings["data"]).parts[-2:] in (("demo", "texts"), ("sample",))  # the name that they had
 
@@ -110,11 +116,14 @@ class Setup:
         return {r["seed"]: r for r in self.runs if all(r["settings"].get(k, VARIED[k]) == v for k, v in wanted.items())}
 
     def values(self, settings, quantity):
-        """{seed: a quantity of the run's scores}; runs that lack it are left out."""
+        """{seed: a quantity of the run's scores, or its LAST_GAP}; runs that lack it are left out."""
         found = {}
         for seed, run in self.seeds(settings).items():
             scores = scores_of(run, self.split, self.measure)
-            value = quantity_of(scores, quantity, source_of(run)) if scores else None
+            if quantity == LAST_GAP:
+                value = next((line["gap"] for line in reversed(gaps_logged(run))), None)
+            else:
+                value = quantity_of(scores, quantity, source_of(run)) if scores else None
             if value is not None:
                 found[seed] = value
         return found
@@ -128,7 +137,7 @@ def setups_of(runs):
         groups.setdefault(run["settings"]["task"], {}).setdefault(kind_of(run["settings"]), []).append(run)
     setups = []
     for task in (task for task in TASK_NAMES if task in groups):
-        kinds = sorted(groups[task].values(), key=lambda members: -max(run["updates"] for run in members))
+        kinds = sorted(lent(groups[task]), key=lambda members: -max(run["updates"] for run in members))
         for n, members in enumerate(kinds):
             split = next(x for x in ("test", "xquad", "dev") if all(x in splits_of(run) for run in members))
             name = TASK_NAMES[task] + (f" ({chr(ord('a') + n)})" if len(kinds) > 1 else "")
@@ -137,10 +146,36 @@ def setups_of(runs):
 
 
 def kind_of(settings):
-    """What makes a setup, as text. A setting that the run was older than had the value that is now its default."""
+    """What makes a setup, as two texts: the settings of the policies, and the others. A setting that the run was older
+    than had the value that is now its default."""
     settings = {name: f.default for name, f in FIELDS.items() if name != "task"} | settings
     settings = {k: v for k, v in settings.items() if decides(k) == RESULT and k not in VARIED}
-    return json.dumps(settings, sort_keys=True)
+    parts = ({k: v for k, v in settings.items() if (k in POLICY_SETTINGS) == of_policies} for of_policies in (1, 0))
+    return tuple(json.dumps(part, sort_keys=True) for part in parts)
+
+
+def lent(kinds):
+    """The runs of each kind, those that it is lent last. A run of a method without policies, df above all, knows no
+    window and no phase: it stands in each kind that differs from its own in such settings alone and lacks it."""
+
+    def name(run):
+        return label_of(run["settings"]), run["seed"]
+
+    plain, more = {}, {}
+    for (_, others), runs in kinds.items():
+        for run in filter(without_policies, runs):
+            plain.setdefault(others, {}).setdefault(name(run), run)
+    for kind, runs in kinds.items():
+        there = {name(run) for run in runs}
+        borrows = not all(map(without_policies, runs))
+        more[kind] = [run for what, run in plain.get(kind[1], {}).items() if borrows and what not in there]
+    given = {id(run) for runs in more.values() for run in runs}
+    return [runs + more[kind] for kind, runs in kinds.items() if not all(id(run) in given for run in runs)]
+
+
+def without_policies(run):
+    method = METHODS.get(run["settings"]["method"])
+    return method is not None and method.policies == "df"
 
 
 def label_of(settings):
@@ -150,14 +185,18 @@ def label_of(settings):
 
 
 def described(setup):
-    """One line that says what the runs of a setup are."""
+    """One line that says what the runs of a setup are, and how their policies are set."""
     s = setup.settings
     updates = " or ".join(f"{u:,}" for u in sorted({r["updates"] for r in setup.runs}))
     epochs = "" if s.get("max_updates") else f" ({s.get('epochs')} epoch{'s' * (s.get('epochs') != 1)})"
+    if s.get("phase") == "fraction":
+        phase = f"the first {100 * s['fraction']:g} %"
+    else:
+        phase = f"by loss, window {s.get('window', FIELDS['window'].default)}"
     said = [
         Path(s["model"]).name, f"trained on {source_of(setup.runs[0])} of the folder {Path(s['data']).name!r}",
         f"{updates} updates{epochs} of {s['batch_size']}", f"lr {s['lr']:g}", str(s.get("precision")),
-        f"P1 by {s.get('phase')}", f"policy IV {s.get('policy4')}", f"best model by {s.get('select')}",
+        f"P1 {phase}", f"policy IV {s.get('policy4')}", f"best model by {s.get('select')}",
     ]  # fmt: skip
     return ", ".join(said)
 
@@ -174,6 +213,50 @@ def quantity_of(scores, quantity, source=SOURCE):
     return scores.get(quantity) if quantity in scores else summary(scores, source).get(quantity)
 
 
+# --- the gap along a run -------------------------------------------------------------------------------------
+#
+# A model that is chosen early has a smaller gap, whatever the method. So there are two comparisons that the choice does
+# not move: at the last update, and where both runs have the same score in the source (Section 1's question).
+
+LAST_GAP = "gap at the end"  # the last that the log has, of a fixed part of the dev sets
+EQUAL_GAP = "gap at equal source"
+
+
+def gaps_logged(run):
+    """The lines of a run's log that have a gap; none if the log was not kept."""
+    kept = (run["folder"] / "log.jsonl").is_file()
+    return [line for line in read_log(run) if line.get("gap") is not None] if kept else []
+
+
+def gap_at_equal_source(run, other):
+    """How much larger the gap of a run is than another's when their scores in the source are equal, in points: at the
+    lower of the scores that the two end with. Both are interpolated along the run, where it first has that score. None
+    if the log of one has no line of scores, or begins above it."""
+    curves = along(run), along(other)
+    if not all(len(source) for source, _ in curves):
+        return None
+    level = min(source[-1] for source, _ in curves)
+    gaps = [gap_at(level, *curve) for curve in curves]
+    return None if None in gaps else gaps[0] - gaps[1]
+
+
+def along(run):
+    """(scores in the source, gaps) by update, arrays; of a line of more than 9 points the means over each fifth of
+    it, since each is of few examples and the highest of many such would be luck. Fewer than 3 points are no line."""
+    lines = [line for line in gaps_logged(run) if "source" in line]
+    n = max(len(lines) // 5, 1)
+    return [np.convolve([line[key] for line in lines], np.ones(n) / n, "valid") if len(lines) > 2 else np.array([])
+            for key in ("source", "gap")]  # fmt: skip
+
+
+def gap_at(level, source, gap):
+    """The gap where the score in the source first reaches a level that it ends at or above; None if it begins above."""
+    i = int(np.argmax(source >= level))
+    if i == 0:
+        return float(gap[0]) if source[0] == level else None
+    return float(np.interp(level, source[i - 1 : i + 1], gap[i - 1 : i + 1]))
+
+
 # --- differences, and how sure they are ----------------------------------------------------------------------
 
 DRAWS = 1000
@@ -186,21 +269,34 @@ def difference(setup, a, b, quantity):
     Over the seeds that both have (Student's t) or, with one, by a bootstrap of the examples (Efron and Tibshirani 1993,
     percentiles), which knows nothing of the chance in training. Without what each example counted there is no interval:
     low and high are None."""
-    one, other = setup.values(a, quantity), setup.values(b, quantity)
-    seeds = sorted(one.keys() & other.keys())
-    if not seeds:
+    found = paired(setup, a, b, quantity)
+    if not found:
         return None
-    differences = [round(one[seed] - other[seed], 9) for seed in seeds]  # what is a rounding error is none
-    mean = statistics.fmean(differences)
-    if len(seeds) > 1:
-        margin = students_t(len(seeds) - 1) * statistics.stdev(differences) / len(seeds) ** 0.5
+    mean = statistics.fmean(found.values())
+    if len(found) > 1:
+        margin = students_t(len(found) - 1) * statistics.stdev(found.values()) / len(found) ** 0.5
         return mean, mean - margin, mean + margin
-    drawn = [resampled(*examples_of(setup.seeds(s)[seeds[0]], setup.split), setup.task, setup.measure) for s in (a, b)]
+    if quantity in (LAST_GAP, EQUAL_GAP):  # of which no examples were kept
+        return mean, None, None
+    (seed,) = found
+    drawn = [resampled(*examples_of(setup.seeds(s)[seed], setup.split), setup.task, setup.measure) for s in (a, b)]
     if None in drawn:
         return mean, None, None
     one, other = (quantity_of(scores, quantity, source_of(setup.runs[0])) for scores in drawn)
     low, high = np.percentile(one - other, [2.5, 97.5])
     return mean, float(low), float(high)
+
+
+def paired(setup, a, b, quantity):
+    """{seed: how much more the runs of one setting have of a quantity than those of another}, the seeds that both
+    have."""
+    if quantity == EQUAL_GAP:
+        one, other = setup.seeds(a), setup.seeds(b)
+        found = {seed: gap_at_equal_source(one[seed], other[seed]) for seed in sorted(one.keys() & other.keys())}
+        return {seed: value for seed, value in found.items() if value is not None}
+    one, other = setup.values(a, quantity), setup.values(b, quantity)
+    # (what is a rounding error is none)
+    return {seed: round(one[seed] - other[seed], 9) for seed in sorted(one.keys() & other.keys())}
 
 
 def students_t(freedom):

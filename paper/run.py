@@ -303,7 +303,9 @@ def due_at(run):
     if o.save_every is None and t % 20 == 0 and ranks.anyone(time.monotonic() - run.saved > CHECKPOINT_SECONDS):
         every["checkpoint"] = 20
     due = {what for what, n in every.items() if n and t % n == 0}
-    return due | {"log", "evaluation"} if t == run.total else due
+    if t == run.total:
+        due |= {"log", "evaluation"} | ({"gap"} if o.gap_every else set())
+    return due
 
 
 def reads_c2(method):

@@ -19,6 +19,8 @@ from eval import summary
 from paper.arguments import TARGETS
 from paper.finished import read_log, splits_of
 from paper.results import (
+    EQUAL_GAP,
+    LAST_GAP,
     PAPER,
     TASK_NAMES,
     VARIED,
@@ -85,7 +87,8 @@ def df_of(settings):
 
 def render(rows, markdown=False):
     """Rows of texts as lines: columns aligned, for a terminal, or a Markdown table."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    least = 2 if markdown else 0  # of a column, for the "-:" below its header
+    widths = [max(least, *(len(row[i]) for row in rows)) for i in range(len(rows[0]))]
     align = [[row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))] for row in rows]
     if not markdown:
         return "\n".join(["  ".join(row).rstrip() for row in align])
@@ -125,17 +128,27 @@ def tables_of(setup, by_language=False, paper=True):
         for label, settings in setup.rows.items():
             yield f"{label}: {title_of(setup)}", pair_table(setup, settings)
     else:
-        rows = run_table(setup, paper=paper)
+        rows = run_table(setup, paper=paper, more=[name for name in gaps_besides(setup) if name == LAST_GAP])
         yield f"{title_of(setup)}; gap = source-others", transposed(rows) if by_language else rows
+
+
+def gaps_besides(setup):
+    """The gaps to show besides that of the scores, which moves more with the choice of the model than with most
+    methods: the last one too, if an earlier model was chosen, and at an equal source score. By the task's own measure,
+    which the log is of."""
+    if setup.measure:
+        return ()
+    return (EQUAL_GAP,) if setup.chose_the_last else (LAST_GAP, EQUAL_GAP)
 
 
 def has_pairs(setup):
     return any("-" in language for language in setup.languages)
 
 
-def run_table(setup, languages=True, minus=False, paper=True):
-    """The rows of a table, the first the header: a row a method, languages and their summary as columns."""
-    names = {x: x for x in setup.languages if languages} | TOTALS
+def run_table(setup, languages=True, minus=False, paper=True, more=()):
+    """The rows of a table, the first the header: a row a method, languages, their summary and `more` quantities as
+    columns."""
+    names = {x: x for x in setup.languages if languages} | TOTALS | {quantity: quantity for quantity in more}
     rows = [["method", "seeds", *names.values()]]
     for label, settings in setup.rows.items():
         printed = numbers_of_paper(setup.task, label) if paper and setup.comparable else {}
@@ -155,14 +168,18 @@ def pair_table(setup, settings):
 
 
 def differences(setup):
-    """Lines: what each method has more than df, in the mean and in the gap, with 95 % intervals."""
+    """Lines: what each method has more than df, in the mean and in the gap, with 95 % intervals; and in the
+    gaps_besides()."""
     lines = []
     for label, settings in setup.rows.items():
-        mean, gap = (minus_df(Cell(setup, settings, quantity)) for quantity in ("mean", "gap"))
-        if mean != NOTHING:
+        said = {
+            quantity: minus_df(Cell(setup, settings, quantity)) for quantity in ("mean", "gap", *gaps_besides(setup))
+        }
+        if said["mean"] != NOTHING:
             n = len(setup.seeds(settings).keys() & setup.seeds(df_of(settings)).keys())
             over = f"{n} seeds" if n > 1 else "the examples of one seed"
-            lines.append(f"{label} minus df: mean {mean}, gap {gap} (95 %, over {over})")
+            said = ", ".join(f"{quantity} {text}" for quantity, text in said.items() if text != NOTHING)
+            lines.append(f"{label} minus df: {said} (95 %, over {over})")
     return lines
 
 
@@ -399,7 +416,8 @@ def score_text(setup, splits=None, measure=None, by_language=False, paper=True, 
     for view in views(setup, splits, measure):
         for title, rows in tables_of(view, by_language, paper):
             blocks += [title, render(rows, markdown)]
-        blocks += ["\n".join(differences(view))] if not has_pairs(view) else []
+        if not has_pairs(view):
+            blocks.append("\n".join(textwrap.fill(line, 120, subsequent_indent="  ") for line in differences(view)))
     return "\n\n".join([about(setup), *filter(None, blocks)]) if blocks else ""
 
 

@@ -16,9 +16,10 @@ import matplotlib.image
 import matplotlib.text
 import numpy as np
 import pytest
+from made_up import run_of
 
 from paper import figures
-from paper.figures import FIGURES, caption_of, draw, first_phase, shows
+from paper.figures import FIGURES, caption_of, draw, draw_gains, first_phase, shows
 from paper.results import read_runs, setups_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -248,3 +249,46 @@ draw("figure7", setups_of(read_runs([sys.argv[1]])), sys.argv[2])"""
         command, env = [sys.executable, "-c", code, made.folder, tmp_path / seed], os.environ | {"PYTHONHASHSEED": seed}
         subprocess.run(command, check=True, cwd=ROOT, env=env)
         assert [file.read_bytes() for file in ours] == [(tmp_path / f"{seed}{f.suffix}").read_bytes() for f in ours]
+
+
+# --- what a method gains, by the length of the run -----------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("error")
+def test_what_methods_gain_by_length(tmp_path, looked):
+    """Of the runs of one kind, which differ in length, window and what they measure; each length once, by the setup
+    with most methods; not of one seed; with the intervals that `difference` has."""
+    lengths = {240: ["slowfast", "fs"], 960: ["slowfast"], 14070: ["noisytune", "ff", "slowfast"]}
+    runs = []
+    for n, methods in lengths.items():
+        runs += [run_of({"en": 80.0 + seed, "de": 60.0 + i * seed}, m, seed, max_updates=n, window=n // 12)
+                 | {"updates": n} for i, m in enumerate(["df", *methods]) for seed in (1, 2)]  # fmt: skip
+    again = [run_of({"en": 5.0, "de": 4.0}, m, seed, max_updates=240, dev_examples=9)
+             for m in ("df", "slowfast") for seed in (1, 2)]  # fmt: skip
+    alone = [run_of({"en": 5.0, "de": 4.0}, m, max_updates=30) | {"updates": 30} for m in ("df", "fs")]
+    other = [run_of({"en": 5.0, "de": 4.0}, m, seed, lr=0.1, max_updates=n) | {"updates": n}
+             for m in ("df", "slowfast") for n in (480, 720) for seed in (1, 2)]  # fmt: skip
+    files = draw_gains(setups_of([*again, *runs, *alone, *other]), tmp_path / "gains")
+    assert [file.name for file in files] == ["gains.svg", "gains.png", "gains.csv"]
+    with open(files[2], newline="", encoding="utf-8") as file:
+        rows = [*csv.DictReader(file)]
+    assert {(int(r["updates"]), r["method"]) for r in rows} == {(n, m) for n, of_n in lengths.items() for m in of_n}
+    assert len(rows) == 3 * 6
+    for row in rows:
+        i = lengths[int(row["updates"])].index(row["method"]) + 1
+        seeds = {"mean": [i / 2, i], "source": [0, 0], "gap": [-i, -2 * i]}[row["quantity"]]  # more than df's, by hand
+        margin = 12.706 * statistics.stdev(seeds) / 2**0.5
+        found = [float(row[name]) for name in ("minus df", "low", "high")]
+        expected = [statistics.fmean(seeds) + d for d in (0, -margin, margin)]
+        assert found == pytest.approx(expected, rel=1e-4, abs=1e-6), row
+    check_look(looked, files[1])
+    shown = [said for said, *_ in looked.texts]
+    assert {"noisytune", "fs", "ff", "slowfast", "240", "960", "14,070", "Δ gap (points)"} <= set(shown)
+    again = draw_gains(setups_of([*again, *runs, *alone, *other]), tmp_path / "again")
+    assert [file.read_bytes() for file in files] == [file.read_bytes() for file in again]
+
+
+def test_of_one_length_nothing_is_drawn(tmp_path):
+    runs = [run_of({"en": 5.0, "de": 4.0}, m, seed) for m in ("df", "slowfast") for seed in (1, 2)]
+    assert draw_gains(setups_of(runs), tmp_path / "gains") == [] and not [*tmp_path.iterdir()]
+    assert draw_gains([], tmp_path / "gains") == []

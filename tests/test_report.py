@@ -10,6 +10,7 @@ from made_up import run_of, seeds_of, write
 from test_tables import everywhere
 
 from paper import report
+from paper.results import EQUAL_GAP, setups_of
 
 ROOT = Path(__file__).resolve().parent.parent
 BEFORE, BETWEEN, AFTER = "# Title\n\nText with `code`.\n\n", "\n\n## The demo\n\n", "\n\n## Licence\n\nNone.\n"
@@ -37,13 +38,14 @@ def undrawn(monkeypatch):
     """Figures are not drawn, which takes the longest."""
     kinds = ("svg", "png", "csv")
     monkeypatch.setattr(report, "draw", lambda name, setups, path, whole: [Path(f"{path}.{kind}") for kind in kinds])
+    monkeypatch.setattr(report, "draw_gains", lambda setups, path: [Path(f"{path}.{kind}") for kind in kinds])
 
 
 @pytest.fixture
 def results(tmp_path):
     """A folder results/ as ours is: long runs with notes, some of which have no result, and the demo's."""
     folder = tmp_path / "results"
-    long = [everywhere(method, score=score, seed=seed) | {"updates": 9000, "device": "a GPU"}
+    long = [everywhere(method, score=score, seed=seed) | {"updates": 9000, "best_update": 3000, "device": "a GPU"}
             for method, score in (("df", 70.0), ("fs", 70.0), ("slowfast", 71.0)) for seed in (1, 2)]  # fmt: skip
     qa = run_of({"test": {"de": 60.0, "en": 80.0}, "test-7x7": {"de-de": 50.0, "en-en": 51.0}}, task="mlqa", split=None)
     qa["test"]["exact_match"] = {"de": 40.0, "en": 77.7}
@@ -71,11 +73,12 @@ def test_the_page_has_all_that_was_run(results, tmp_path, run_main, undrawn):
     long, *_ = markdown_tables(text)
     below = ["&emsp;minus df", "&emsp;paper"]
     assert [row[0] for row in long] == ["method", "df", "&emsp;paper", "fs", *below, "slowfast", *below]
-    assert long[0] == ["method", "seeds", "mean", "source", "others", "gap", "in P1", "minutes"]
+    along = ["gap at the end", "gap at equal source"]
+    assert long[0] == ["method", "seeds", "mean", "source", "others", "gap", *along, "in P1", "minutes"]
     assert long[6:] == [
-        ["slowfast", "2", "71.0±0.0", "71.0±0.0", "71.0±0.0", "0.0±0.0", "47±0", "2"],
-        ["&emsp;minus df", "", *["+1.0 [1.0, 1.0]"] * 3, "+0.0 [0.0, 0.0]", "", ""],
-        ["&emsp;paper", "", "75.6±0.1", "85.6±0.2", "74.9±0.2", "10.7", "", ""],
+        ["slowfast", "2", "71.0±0.0", "71.0±0.0", "71.0±0.0", "0.0±0.0", "5.0±0.0", "-", "47±0 (1 %)", "2"],
+        ["&emsp;minus df", "", *["+1.0 [1.0, 1.0]"] * 3, *["+0.0 [0.0, 0.0]"] * 2, "-", "", ""],
+        ["&emsp;paper", "", "75.6±0.1", "85.6±0.2", "74.9±0.2", "10.7", "-", "-", "", ""],
     ]
     assert "- Our method beats DF, NoisyTune, FS and FF, zero-shot (4.2): XNLI yes" in text
     assert "not run\n" not in text.replace("comparisons not run", "")
@@ -87,8 +90,17 @@ def test_what_is_of_another_kind_does_not_stand_beside_the_papers_numbers(result
     assert run_main("report", results, "--out", tmp_path / "out").status == 0
     text = (tmp_path / "out" / "report.md").read_text()
     demo = text.partition("## demo")[2]
-    assert "paper" in text.partition("## demo")[0].partition("## long")[2]
-    assert "paper" not in demo and "Our method" not in demo and "+6.0 [6.0, 6.0]" in demo
+    assert "&emsp;paper" in text.partition("## demo")[0].partition("## long")[2]
+    assert "&emsp;paper" not in demo and "+6.0 [6.0, 6.0]" in demo
+    assert "Our method improves the source (4.5): XNLI yes, +6.0 [6.0, 6.0]" in demo  # but what it says is asked of all
+
+
+def test_claims_of_one_seed_say_so(tmp_path, run_main, undrawn):
+    write(tmp_path / "runs" / "one", *(run_of({"en": 9.0, "de": 8.0}, method) for method in ("df", "slowfast")))
+    write(tmp_path / "runs" / "two", *seeds_of(60, "df"), *seeds_of(66, "slowfast"))
+    assert run_main("report", tmp_path / "runs", "--out", tmp_path / "out").status == 0
+    one, two = (tmp_path / "out" / "report.md").read_text().partition("## one")[2].split("## two")
+    assert "(one seed: how sure they are leaves out the chance in training):" in one and "one seed" not in two
 
 
 def test_figures_are_drawn_of_the_setup_that_has_most_of_them(tmp_path, run_main):
@@ -143,22 +155,48 @@ def test_the_blocks_of_the_readme(results, tmp_path, run_main, readme, undrawn):
     assert speed == f"\nNothing was measured yet: `make bench`.\n\n{MARKS[5]}"
     work, _, demo = text.removeprefix(BEFORE).partition(BETWEEN)
     assert work.splitlines()[-1] == MARKS[1] and demo.splitlines()[0] == MARKS[2] and "\nold\n" not in demo
-    header, *rows = markdown_tables(work)[0]
-    assert header == "task|paper df|slowfast|ours: df|slowfast|gap: df|slowfast|Δ mean|Δ gap|seeds".split("|")
-    assert rows[0] == ["XNLI", "74.7±0.2", "75.6±0.1", "70.0±0.0", "71.0±0.0", "0.0±0.0", "0.0±0.0",
-                       "+1.0 [1.0, 1.0]", "+0.0 [0.0, 0.0]", "2"]  # fmt: skip
-    papers = [("MLQA", "64.7±0.2", "66.6±0.2"), ("NER", "61.3±0.2", "62.5±0.1"), ("QAM", "69.7±0.2", "70.5±0.2")]
-    assert rows[1:] == [[*of_paper, *["-"] * 7] for of_paper in papers]
-    assert "Ours on XNLI: m, trained on en of the folder 'd', 9,000 updates (10 epochs) of 32" in work
+    (header, *rows) = markdown_tables(work)[0]
+    assert header == "run|updates|in P1|n|df|Δ mean|Δ English|Δ others|Δ gap|equal English".split("|")
+    assert rows == [
+        ["XNLI, paper", "10 epochs", "", "4", "74.7", "+0.9", "+0.8", "+0.9", "-0.1", "-"],
+        ["d", "9,000", "1 %", "2", "70.0", *["+1.0±0.0 ✓"] * 3, "+0.0±0.0 ?", "-"],
+        ["NER, paper", "20 epochs", "", "4", "61.3", "+1.2", "+0.0", "+1.3", "-1.3", "-"],
+        ["d", "240", "20 %", "2", "60.2", *["+6.0±0.0 ✓"] * 3, "+0.0±0.0 ?", "-"],
+    ]
+    assert "Not run with two seeds: MLQA, QAM." in " ".join(work.split())
     of_one_seed = [results / "demo" / "xnli" / name for name in ("run0", "run2")]
     printed = run_main("table", *of_one_seed, "--split", "test", "--no-paper")
     assert f"```text\n{printed.out}```" in demo  # what `make demo` prints of one seed
-    assert " ".join(demo.splitlines()[-4:-2]) == (
+    assert " ".join(demo.split("```")[2].partition("<!--")[0].split()) == (
         "Over 2 seeds: `df` mean 60.2±0.4, gap 10.0±0.0; `slowfast` mean 66.2±0.4, gap 10.0±0.0; slowfast minus df: "
         "mean +6.0 [6.0, 6.0], gap +0.0 [0.0, 0.0] (95 %, over 2 seeds)"
     )
     assert max(map(len, text.splitlines())) <= 120
     assert run_main(*command).status == 0 and (readme.read_text(), (results / "README.md").read_text()) == (whole, page)
+
+
+def test_which_setups_are_evidence():
+    """Of the official files, with two seeds of both; the longest first, named by their group or their data."""
+    scores = {"en": 9.0, "de": 8.0}
+    kinds = [("ner", {}), ("xnli", {}), ("xnli", {"data": "demo/texts"}), ("xnli", {"lr": 1.0})]
+    runs = [[*seeds_of(60, "df", task=task, **s), *seeds_of(61, "slowfast", task=task, **s)] for task, s in kinds]
+    runs[3] = [run | {"updates": 241} for run in runs[3]]
+    runs += [[run_of(scores, "df", task="qam"), *seeds_of(60, "slowfast", task="qam")]]
+    runs[0] = [run | {"updates": 239, "settings": run["settings"] | {"data": "/x/data"}} for run in runs[0]]
+    setups = [setup for of_kind in runs for setup in setups_of(of_kind)]
+    groups = {"a": (None, setups[:2]), "b": (None, setups[2:])}
+    assert report.evidence_of(groups) == [("d", setups[3]), ("d", setups[1]), ("a", setups[0])]
+
+
+@pytest.mark.parametrize(
+    ("found", "of_the_mean", "of_the_gap"),
+    [((1.04, 0.54, 1.54), "+1.0±0.5 ✓", "+1.0±0.5 ✗"), ((-1.04, -1.54, -0.54), "-1.0±0.5 ✗", "-1.0±0.5 ✓"),
+     ((0.5, -0.1, 1.1), "+0.5±0.6 ?", "+0.5±0.6 ?"), ((0.0, 0.0, 0.0), "+0.0±0.0 ?", "+0.0±0.0 ?"),
+     ((1.0, None, None), "-", "-"), (None, "-", "-")],
+)  # fmt: skip
+def test_what_a_difference_says_of_the_papers_conclusion(found, of_the_mean, of_the_gap):
+    assert [report.marked(x, found) for x in ("mean", "source", "non_source")] == [of_the_mean] * 3
+    assert [report.marked(x, found) for x in ("gap", EQUAL_GAP)] == [of_the_gap] * 2
 
 
 @pytest.mark.parametrize("name", ["soak.json", "bench/cpu.json"])
@@ -228,3 +266,15 @@ def test_the_kept_results_are_those_of_the_kept_runs(tmp_path, run_main, undrawn
     assert len(links) > 8 and all((ROOT / "results" / link).is_file() for link in links)
     drawn = {file.relative_to(ROOT / "results").as_posix() for file in (ROOT / "results" / "figures").iterdir()}
     assert drawn <= links  # and none is of a run that is gone
+
+
+def test_each_interval_in_words_stands_in_a_table():
+    """No text says another than make results has computed. (But for one of an older commit, which says so.)"""
+    page = (ROOT / "results" / "README.md").read_text(encoding="utf-8")
+    tables, kind = "\n".join(re.findall(r"^\|.*$", page, re.M)), r"[+-]\d+\.\d \[-?\d+\.\d, -?\d+\.\d\]"
+    found = []
+    for file in (ROOT / "README.md", ROOT / "Makefile", *(ROOT / "results").glob("*/NOTES.md")):
+        text = re.sub(r"```text.*?```", "", file.read_text(encoding="utf-8"), flags=re.S)  # of one seed
+        text = " ".join(text.split())
+        found += [(file.name, said) for said in re.findall(kind, re.sub(rf"commit 76c6ddc.*?{kind}", "", text))]
+    assert len(found) > 8 and not [(name, said) for name, said in found if said not in tables]

@@ -1,5 +1,6 @@
 """Finished runs: reading them, which of them are one setup, and the differences between them."""
 
+import json
 import re
 
 import numpy as np
@@ -8,7 +9,7 @@ from made_up import DF, SLOWFAST, by_hand, counted, run_of, score_of, setup_of, 
 
 from data import InputError
 from paper import results
-from paper.results import difference, read_runs, setups_of
+from paper.results import EQUAL_GAP, LAST_GAP, along, difference, gap_at_equal_source, read_runs, setups_of
 
 LANGUAGES = ("de", "en", "fr")
 FIFTEEN = "ar bg de el en es fr hi ru sw th tr ur vi zh".split()
@@ -55,6 +56,26 @@ def test_any_other_setting_makes_a_setup(name):
     assert [(s.name, s.task, s.runs) for s in setups] == [
         ("XNLI (a)", "xnli", runs[:1]), ("XNLI (b)", "xnli", runs[1:3]), ("NER", "ner", runs[3:])
     ]  # fmt: skip
+
+
+def test_a_method_without_policies_stands_in_each_setup_of_others():
+    """df, noisytune and what freezes or starts anew know no window, phase, threshold or policy IV: they are lent to
+    setups that differ in these alone and have none of their own with that seed. What is lent is no setup besides."""
+    scores = {"en": 80.0, "de": 70.0}
+    short = {"window": 20, "max_updates": 240}
+    plain = [run_of(scores, m, seed) for m in ("df", "noisytune", "freeze-4") for seed in (1, 2)]
+    own, longer = run_of(scores, "df", 1, phase="fraction"), run_of(scores, "df", 1, **short)
+    others = [run_of(scores, "slowfast", 1, phase="fraction"), run_of(scores, "fs", 1, threshold=0.2),
+              run_of(scores, "enlarge-2", 1, policy4="off")]  # fmt: skip
+    setups = setups_of([*plain, own, longer, *others])
+    assert [setup.runs for setup in setups] == [
+        [own, others[0], plain[1], *plain[2:]], [longer], [others[1], *plain], [others[2], *plain]
+    ]  # fmt: skip
+    assert [setup.settings["phase"] for setup in setups[:1]] == ["fraction"]
+    assert difference(setups[0], SLOWFAST, DF, "mean") is not None and setups[0].seeds(DF)[1] is own
+    assert [setup.runs for setup in setups_of(plain)] == [plain]  # with nobody to be lent to they are one
+    with_shots = run_of(scores, "df", 1, shots=5)
+    assert setups_of([with_shots, others[0]])[0].runs == [others[0], with_shots]
 
 
 def test_the_longest_runs_come_first():
@@ -120,11 +141,80 @@ def test_a_setup_is_described_in_a_line():
     run = run_of({"en": 80.0, "de": 70.0}, split="dev", dev_examples=1000, epochs=1, **about) | {"updates": 1500}
     assert results.described(setup_of(run)) == (
         "small, trained on en of the folder 'd', 1,500 updates (1 epoch) of 32, lr 5e-06, fp32, P1 by loss, "
-        "policy IV on, best model by all"
+        "window 100, policy IV on, best model by all"
     )
     assert results.scored_on(setup_of(run)) == "scores of dev, up to 1,000 examples a language, 2 languages"
     run["settings"]["max_updates"] = 1500
     assert "1,500 updates of 32" in results.described(setup_of(run))
+    for settings, said in (({"window": 20}, "P1 by loss, window 20,"),
+                           ({"phase": "fraction", "fraction": 0.125}, "P1 the first 12.5 %,")):  # fmt: skip
+        run["settings"] |= settings
+        assert said in results.described(setup_of(run))
+
+
+# --- the gap along a run -------------------------------------------------------------------------------------
+
+
+def run_along(folder, points, method="df", seed=1, best=240, **settings):
+    """A run that logged (update, score in the source, gap), and the model of update `best` chosen."""
+    run = run_of({"en": 80.0, "de": 70.0}, method, seed, folder=folder / f"{method}-{seed}", **settings)
+    run["folder"].mkdir()
+    lines = [{"update": t, "loss": 1.0, "phase": 2, "updates_in_first_phase": 0}
+             | ({} if gap is None else {"source": source, "gap": gap}) for t, source, gap in points]  # fmt: skip
+    (run["folder"] / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return run | {"best_update": best}
+
+
+def test_the_gap_at_the_end(tmp_path):
+    """The last that was logged, if one was; it says something new if a model was chosen before the end."""
+    logged = run_along(tmp_path, [(60, 50.0, 3.0), (180, 60.0, 4.5), (240, 60.0, None)], seed=1)
+    without = [run_along(tmp_path, [(240, 0, None)], seed=2), run_of({"en": 80.0, "de": 68.0}, seed=3)]
+    setup = setup_of(logged, *without)
+    assert setup.values(DF, LAST_GAP) == {1: 4.5} and setup.chose_the_last
+    assert not setup_of(logged, without[1] | {"best_update": 60}).chose_the_last
+
+
+# English rises by 10 points from each measurement to the next, the gap of the one by 2 and of the other by 3
+DF_POINTS = [(60, 40.0, 1.0), (120, 50.0, 3.0), (180, 60.0, 5.0), (240, 70.0, 7.0)]
+OTHERS = [
+    ([(60, 35.0, 1.0), (120, 45.0, 4.0), (180, 55.0, 7.0), (240, 65.0, 10.0)], 10.0 - 6.0),  # at 65
+    ([(60, 40.0, 1.0), (120, 60.0, 2.0), (240, 90.0, 5.0)], 3.0 - 7.0),  # at 70: a third of the way from 60 to 90
+    ([(60, 40.0, 1.0), (120, 52.0, 9.0), (180, 45.0, 2.0), (240, 50.0, 8.0)], (1 + 8 * 10 / 12) - 3),  # first at 50
+    ([(60, 70.0, 6.5), (120, 60.0, 2.0), (240, 90.0, 9.0)], 6.5 - 7.0),  # begins at what the other ends with
+    ([(60, 71.0, 6.5), (120, 70.0, 2.0), (240, 90.0, 9.0)], None),  # begins above it
+    ([(120, 60.0, 6.5), (240, 90.0, 9.0)], None),  # no line
+    ([(240, 0.0, None)], None),  # logged none
+]
+
+
+@pytest.mark.parametrize(("points", "expected"), OTHERS)
+def test_the_gap_at_an_equal_score_in_the_source(tmp_path, points, expected):
+    """By hand; either way round, and no other quantity of the two runs matters."""
+    runs = [run_along(tmp_path, DF_POINTS), run_along(tmp_path, points, "slowfast")]
+    found, back = (difference(setup_of(*runs), a, b, EQUAL_GAP) for a, b in ((SLOWFAST, DF), (DF, SLOWFAST)))
+    if expected is None:
+        assert found is None and back is None
+    else:
+        assert found == (pytest.approx(expected), None, None) and back[0] == pytest.approx(-expected)
+
+
+def test_its_interval_is_over_seeds(tmp_path):
+    """4 and -4, and a seed that has no such score."""
+    runs = [run_along(tmp_path, DF_POINTS, "df", seed) for seed in (1, 2, 3)]
+    runs += [run_along(tmp_path, points, "slowfast", seed)
+             for seed, (points, _) in zip((1, 2, 3), [OTHERS[0], OTHERS[1], OTHERS[4]])]  # fmt: skip
+    found = difference(setup_of(*runs), SLOWFAST, DF, EQUAL_GAP)
+    assert found == pytest.approx((0.0, -T975[1] * 4, T975[1] * 4), rel=1e-3)
+
+
+def test_a_line_of_many_points_is_smoothed(tmp_path):
+    """Means over a fifth of them: one lucky measurement among twenty does not decide where the score was reached."""
+    ramp = [(12 * n, 40.0 + n, 0.5 * n) for n in range(1, 21)]
+    lucky = [(t, source + 20 * (t == 24), gap) for t, source, gap in ramp]
+    steady, odd = run_along(tmp_path, ramp), run_along(tmp_path, lucky, "slowfast")
+    source, gap = along(odd)
+    assert len(source) == 17 and source[0] == pytest.approx((41 + 62 + 43 + 44) / 4) and gap[0] == 1.25
+    assert abs(gap_at_equal_source(odd, steady)) < 1e-9  # both end alike; the one of 62 alone would have made it -9
 
 
 # --- differences ---------------------------------------------------------------------------------------------

@@ -418,6 +418,9 @@ def test_a_table_by_language_has_languages_as_rows_and_the_papers_numbers_can_be
         ["method", "df", "fs"], ["seeds", "1", "1"], ["de", "62.0", "70.0"], ["en", "82.0", "90.0"],
         ["mean", "72.0", "80.0"], ["source", "82.0", "90.0"], ["others", "62.0", "70.0"], ["gap", "20.0", "20.0"],
     ]  # fmt: skip
+    early = [run_of({"de": 62.0, "en": 82.0}, m) | {"best_update": 100} for m in ("df", "fs")]
+    rows = sections(run_main, write(tmp_path / "early", *early), "--split", "test", "--by-language")[1][1]
+    assert rows[-2:] == [["gap", "20.0", "20.0"], ["gap at the end", "5.0", "5.0"]]
     folder = write(tmp_path / "b", everywhere())
     found = [sections(run_main, folder, "--split", "test", *more)[1][1] for more in ([], ["--no-paper"])]
     assert [[row[0] for row in rows] for rows in found] == [["method", "df", "paper"], ["method", "df"]]
