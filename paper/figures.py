@@ -9,8 +9,6 @@ grey. matplotlib is imported when something is drawn, and not before.
 """
 
 import csv
-import itertools
-import json
 import statistics
 import textwrap
 from collections.abc import Callable
@@ -21,8 +19,7 @@ import numpy as np
 
 from paper.arguments import TARGETS, TASK_NAMES
 from paper.finished import read_log
-from paper.options import FIELDS, MEASURING, RESULT, decides
-from paper.results import VARIED, Setup, difference, paired
+from paper.results import Setup
 
 # --- what the runs say ---------------------------------------------------------------------------------------
 #
@@ -305,62 +302,3 @@ def draw_scale(picture, axes):
         bounds, ticks = [i - 0.5 for i in range(depth + 1)], range(0, depth, -(-depth // 6))
         picture.colorbar(scale, ax=axes, label="layer", boundaries=bounds, ticks=ticks)
     return 0
-
-
-# --- what a method gains, by the length of the run (not one of the paper's) ----------------------------------
-
-RIVALS = ("noisytune", "fs", "ff", "slowfast")
-GAINS = {"mean": "Δ mean (points)", "source": "Δ source (points)", "gap": "Δ gap (points)"}
-MEASURES = {name for name, f in FIELDS.items() if f.metadata.get("group") == MEASURING}
-LENGTH = {"max_updates", "epochs", "window"} | MEASURES  # what runs of one kind may differ in here
-
-
-def draw_gains(setups, path):
-    """Draws what methods have more than df, with 95 % intervals over seeds, against the number of updates: of the runs
-    of one kind that differ in length and window, of which there are most. Returns the files, as `draw` does; [] if
-    there are not two lengths."""
-    import matplotlib.figure
-    import matplotlib.style
-
-    lengths = max(gains_of(setups).values(), key=len, default={})
-    if len(lengths) < 2:
-        return []
-    rows = [row for _, rows in sorted(lengths.items()) for row in rows]
-    with matplotlib.style.context(["default", STYLE]):
-        picture = matplotlib.figure.Figure(figsize=(6.3, 2.2), layout="constrained")
-        axes = picture.subplots(1, len(GAINS))
-        methods = [method for method in RIVALS if any(method == row[1] for row in rows)]
-        for ax, (quantity, label) in zip(axes, GAINS.items()):
-            ax.axhline(0, color="0.4", linewidth=0.6)
-            for i, method in enumerate(methods):
-                points = [(updates, *found) for updates, m, q, *found in rows if (m, q) == (method, quantity)]
-                x, mean, low, high = np.array(points).T
-                style = look(i) | {"linestyle": "none"}
-                beside = x * 1.12 ** (i - (len(methods) - 1) / 2)  # bars of one length stand side by side
-                ax.errorbar(beside, mean, [mean - low, high - mean], label=method, capsize=1.5, elinewidth=0.8, **style)
-            ax.set_xscale("log")
-            ax.margins(x=0.1)
-            ax.set_xticks([*lengths], [f"{n:,}" for n in lengths])
-            ax.minorticks_off()
-            ax.set_xlabel("updates")
-            ax.set_ylabel(label)
-        draw_legend(picture, np.array([axes]), methods)
-        header = ["updates", "method", "quantity", "minus df", "low", "high"]
-        return written(picture, [header, *rows], path)
-
-
-def gains_of(setups):
-    """{what runs have in common, as text: {updates: [(updates, method, quantity, difference from df, low, high)]}}; of
-    several setups of one length the one with most of them."""
-    found = {}
-    for setup in setups:
-        settings = {k: v for k, v in setup.settings.items() if decides(k) == RESULT and k not in {*VARIED, *LENGTH}}
-        updates, rows = max(run["updates"] for run in setup.runs), []
-        for method, quantity in itertools.product(RIVALS, GAINS):
-            pair = {"method": method}, {"method": "df"}
-            if len(paired(setup, *pair, quantity)) > 1:
-                rows.append((updates, method, quantity, *difference(setup, *pair, quantity)))
-        if rows:
-            lengths = found.setdefault(json.dumps([setup.task, settings], sort_keys=True), {})
-            lengths[updates] = max(rows, lengths.get(updates, []), key=len)
-    return found

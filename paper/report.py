@@ -14,34 +14,13 @@ from pathlib import Path
 
 from data import InputError, whole_file
 from paper.bench import as_written, speed
-from paper.figures import caption_of, draw, draw_gains, shows
+from paper.figures import caption_of, draw, shows
 from paper.finished import read_text
+from paper.gains import does_it_work, draw_gains, part_in_P1
 from paper.grid import FIGURES, TITLES, titled
 from paper.methods import METHODS
-from paper.options import TASKS
-from paper.results import (
-    EQUAL_GAP,
-    TASK_NAMES,
-    described,
-    difference,
-    paired,
-    read_runs,
-    scored_on,
-    setups_of,
-)
-from paper.tables import (
-    NOTHING,
-    claims_of,
-    differences,
-    gaps_besides,
-    numbers_of_paper,
-    render,
-    run_table,
-    score_text,
-    spread,
-    tables_of,
-    views,
-)
+from paper.results import described, read_runs, scored_on, setups_of
+from paper.tables import claims_of, differences, gaps_besides, render, run_table, score_text, spread, tables_of, views
 
 
 def report(args):
@@ -51,7 +30,8 @@ def report(args):
     written = {}
     if args.readme:
         setups = [setup for _, of_group in groups.values() for setup in of_group]
-        blocks = {"does it work": does_it_work(groups), "demo": demo(setups)}
+        rows, about = does_it_work(groups)
+        blocks = {"does it work": [render(rows, markdown=True), "", *wrapped(about)], "demo": demo(setups)}
         blocks["speed"] = speed(Path(args.runs[0]) / "bench")
         blocks["promises"] = promises(Path(args.runs[0]) / "soak.json")
         written[Path(args.readme)] = with_blocks(Path(args.readme), blocks)
@@ -192,83 +172,6 @@ def with_blocks(file, blocks):
             raise InputError(f"{file}: the lines {first!r} and {last!r} are not there, one after the other")
         text = text[: found.start(1)] + "\n".join(["", *lines, "", ""]) + text[found.end(1) :]
     return text
-
-
-DF, OURS = {"method": "df"}, {"method": "slowfast"}
-
-
-def evidence_of(groups):
-    """[(name, setup)] of the setups that can say something of the method: of the official files, with two seeds or more
-    of both. The longest first; the name is that of the group or, if it is not "data", that of the data's folder."""
-
-    def seeds(setup):
-        return len(paired(setup, OURS, DF, "mean"))
-
-    found = []
-    for group, (_, setups) in groups.items():
-        for setup in setups:
-            data = Path(setup.settings["data"]).name
-            if not setup.of_the_demos_texts and seeds(setup) > 1:
-                found.append((group if data == "data" else data, setup))
-    return sorted(found, key=lambda pair: -max(run["updates"] for run in pair[1].runs))
-
-
-def does_it_work(groups):
-    """What the method gains and what that says of the paper's conclusions, a row a setup of evidence_of() below the
-    paper's row of that task."""
-    rows = [["run", "updates", "in P1", "n", "df", *GAINS.values()]]
-    there = evidence_of(groups)
-    tasks = [task for task in TASK_NAMES if any(setup.task == task for _, setup in there)]
-    for task in tasks:
-        df, ours = (numbers_of_paper(task, method) for method in ("df", "slowfast"))
-        more = [f"{number(ours[x]) - number(df[x]):+.1f}  " if x in df else NOTHING for x in GAINS]
-        length = counted(TASKS[task]["epochs"], "epoch")
-        rows.append([f"{TASK_NAMES[task]}, paper", length, "", "4", f"{number(df['mean'])}", *more])
-        for name, setup in ((name, setup) for name, setup in there if setup.task == task):
-            lead = [name, f"{max(run['updates'] for run in setup.runs):,}", part_in_P1(setup, OURS)]
-            seeds = str(len(paired(setup, OURS, DF, "mean")))
-            of_df = statistics.fmean(setup.values(DF, "mean").values())
-            gains = {x: marked(x, difference(setup, OURS, DF, x)) for x in GAINS}
-            if (n := len(paired(setup, OURS, DF, EQUAL_GAP))) not in (0, int(seeds)):
-                gains[EQUAL_GAP] += f" ({n})"
-            rows.append([*lead, seeds, f"{of_df:.1f}", *gains.values()])
-    lacking = ", ".join(name for task, name in TASK_NAMES.items() if task not in tasks)
-    about = (
-        "Percent, means over the languages, n seeds. Δ is slowfast minus df ± half of its 95 % interval over seeds, of "
-        "the gap also where both have the same English score. The paper concludes higher scores and a smaller gap: ✓ "
-        "so it is here, ✗ the other way, ? not distinguishable. * P1 was set to be the first part of the run. Not run "
-        f"with two seeds: {lacking or 'none'}."
-    )
-    return [render(rows, markdown=True), "", *wrapped(about)]
-
-
-GAINS = {"mean": "Δ mean", "source": "Δ English", "non_source": "Δ others", "gap": "Δ gap", EQUAL_GAP: "equal English"}
-
-
-def counted(n, what):
-    return f"{n} {what}{'s' * (n != 1)}"
-
-
-def number(text):
-    """Of the mean in "74.7±0.2"."""
-    return float(text.partition("±")[0])
-
-
-def marked(quantity, found):
-    """ "+0.5±0.4 ✓", of what `difference` found: a mean, half its interval, and what that says of the conclusion that a
-    score is higher or a gap smaller."""
-    if found is None or None in found:
-        return NOTHING
-    mean, low, high = found
-    sign = -1 if quantity in ("gap", EQUAL_GAP) else 1
-    said = "?" if low <= 0 <= high else "✓" if sign * mean > 0 else "✗"
-    return f"{mean:+.1f}±{(high - low) / 2:.1f} {said}"
-
-
-def part_in_P1(setup, settings):
-    """ "16 %" of the updates; with a star where that is set and not found."""
-    parts = [run["updates_in_first_phase"] / run["updates"] for run in setup.seeds(settings).values()]
-    return f"{statistics.fmean(parts):.0%}".replace("%", " %") + "*" * (setup.settings.get("phase") == "fraction")
 
 
 def demo(setups):

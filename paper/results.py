@@ -188,7 +188,7 @@ def described(setup):
     """One line that says what the runs of a setup are, and how their policies are set."""
     s = setup.settings
     updates = " or ".join(f"{u:,}" for u in sorted({r["updates"] for r in setup.runs}))
-    epochs = "" if s.get("max_updates") else f" ({s.get('epochs')} epoch{'s' * (s.get('epochs') != 1)})"
+    epochs = "" if s.get("max_updates") else f" ({in_epochs(s.get('epochs'))})"
     if s.get("phase") == "fraction":
         phase = f"the first {100 * s['fraction']:g} %"
     else:
@@ -199,6 +199,10 @@ def described(setup):
         f"P1 {phase}", f"policy IV {s.get('policy4')}", f"best model by {s.get('select')}",
     ]  # fmt: skip
     return ", ".join(said)
+
+
+def in_epochs(n):
+    return f"{n} epoch{'s' * (n != 1)}"
 
 
 def scored_on(setup):

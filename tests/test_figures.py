@@ -19,7 +19,8 @@ import pytest
 from made_up import run_of
 
 from paper import figures
-from paper.figures import FIGURES, caption_of, draw, draw_gains, first_phase, shows
+from paper.figures import FIGURES, caption_of, draw, first_phase, shows
+from paper.gains import draw_gains
 from paper.results import read_runs, setups_of
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -9,7 +9,7 @@ import soak
 from made_up import run_of, seeds_of, write
 from test_tables import everywhere
 
-from paper import report
+from paper import gains, report
 from paper.results import EQUAL_GAP, setups_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -185,7 +185,7 @@ def test_which_setups_are_evidence():
     runs[0] = [run | {"updates": 239, "settings": run["settings"] | {"data": "/x/data"}} for run in runs[0]]
     setups = [setup for of_kind in runs for setup in setups_of(of_kind)]
     groups = {"a": (None, setups[:2]), "b": (None, setups[2:])}
-    assert report.evidence_of(groups) == [("d", setups[3]), ("d", setups[1]), ("a", setups[0])]
+    assert gains.evidence_of(groups) == [("d", setups[3]), ("d", setups[1]), ("a", setups[0])]
 
 
 @pytest.mark.parametrize(
@@ -195,8 +195,8 @@ def test_which_setups_are_evidence():
      ((1.0, None, None), "-", "-"), (None, "-", "-")],
 )  # fmt: skip
 def test_what_a_difference_says_of_the_papers_conclusion(found, of_the_mean, of_the_gap):
-    assert [report.marked(x, found) for x in ("mean", "source", "non_source")] == [of_the_mean] * 3
-    assert [report.marked(x, found) for x in ("gap", EQUAL_GAP)] == [of_the_gap] * 2
+    assert [gains.marked(x, found) for x in ("mean", "source", "non_source")] == [of_the_mean] * 3
+    assert [gains.marked(x, found) for x in ("gap", EQUAL_GAP)] == [of_the_gap] * 2
 
 
 @pytest.mark.parametrize("name", ["soak.json", "bench/cpu.json"])
