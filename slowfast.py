@@ -165,8 +165,9 @@ class SlowFast:
     c1, c2, r   the paper's constants: K of policy I (< 1), K of policy IV (> 1), the power in R (> 0)
     method      a name in METHODS or a Method: which cell gets which K in which phase
     phase       "loss": P1 is where the mean loss of the last `window` updates is more than `threshold` below that
-                of the `window` before (Section 4.1), and the start, until both windows are full. It has no memory:
-                a run can come back. "fraction": P1 is the first `fraction` of `total_updates` (Section 2.2)
+                of the `window` before (Section 4.1), and the start, until both windows are full: a short run takes
+                short ones. It has no memory: a run can come back. "fraction": P1 is the first `fraction` of
+                `total_updates` (Section 2.2)
     policy4     "on", "off", or "auto": on while the last two layers still move away from the pre-trained model,
                 as told by `observe_similarity` (Section 3.2)
     scale       "rate": K multiplies the learning rate (not the gradient: Adam would cancel that), and with it weight

@@ -293,9 +293,8 @@ def speed(folder):
     if len(rows) == 1:
         return ["Nothing was measured yet: `make bench`."]
     rows = list(zip(*(column for column in zip(*rows) if set(column[1:]) != {"-"})))  # what nobody measured
-    return [render(rows, markdown=True), "",
-            "Median [least, most] of the rounds; × is how many times the other's real tokens/s ours are; memory is our",
-            "peak in parts of the Trainer's."]  # fmt: skip
+    about = "Median [least, most] of the rounds; ×: our real tokens/s by theirs; memory: our peak by the Trainer's."
+    return [render(rows, markdown=True), "", about]
 
 
 def row_of(found):

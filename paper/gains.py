@@ -1,5 +1,5 @@
-"""What the method gains over plain fine-tuning, in every setup with several seeds: the README's first table, and a
-figure by the length of the run. Neither is the paper's.
+"""What the method gains over plain fine-tuning, in every setup with several seeds: the README's first table, and its
+figure. Neither is the paper's.
 
     rows, about = does_it_work(groups)
     draw_gains(setups, "results/figures/gains")
@@ -52,7 +52,7 @@ def does_it_work(groups):
             rows.append([*lead, seeds, f"{of_df:.1f}", *gains.values()])
     lacking = ", ".join(name for task, name in TASK_NAMES.items() if task not in tasks)
     return rows, (
-        "Percent, means over the languages, n seeds. Δ is slowfast minus df ± half of its 95 % interval over seeds, of "
+        "Percent, means over languages and n seeds (or fewer). Δ is slowfast minus df ± half of its 95 % interval, of "
         "the gap also where both have the same English score. The paper concludes higher scores and a smaller gap: ✓ "
         "so it is here, ✗ the other way, ? not distinguishable. * P1 was set to be the first part of the run. Not run "
         f"with two seeds: {lacking or 'none'}."
@@ -60,15 +60,19 @@ def does_it_work(groups):
 
 
 def evidence_of(groups):
-    """[(name, setup)] of the setups that can say something of the method: of the official files, with two seeds or more
-    of both. The longest first; the name is that of the group or, if it is not "data", that of the data's folder."""
+    """[(name, setup)] of the setups that can say something of the method. The longest first; the name is that of the
+    group or, if it is not "data", that of the data's folder."""
     found = []
     for group, (_, setups) in groups.items():
-        for setup in setups:
+        for setup in filter(says_something, setups):
             data = Path(setup.settings["data"]).name
-            if not setup.of_the_demos_texts and len(paired(setup, OURS, DF, "mean")) > 1:
-                found.append((group if data == "data" else data, setup))
+            found.append((group if data == "data" else data, setup))
     return sorted(found, key=lambda pair: -max(run["updates"] for run in pair[1].runs))
+
+
+def says_something(setup):
+    """Whether its runs are of the official files, with two seeds or more of both methods."""
+    return not setup.of_the_demos_texts and len(paired(setup, OURS, DF, "mean")) > 1
 
 
 def number(text):
@@ -87,10 +91,15 @@ def marked(quantity, found):
     return f"{mean:+.1f}±{(high - low) / 2:.1f} {said}"
 
 
+def part_of(setup, settings):
+    """The part of the updates that were in P1, in the mean over seeds."""
+    runs = setup.seeds(settings).values()
+    return statistics.fmean(run["updates_in_first_phase"] / run["updates"] for run in runs)
+
+
 def part_in_P1(setup, settings):
     """ "16 %" of the updates; with a star where that is set and not found."""
-    parts = [run["updates_in_first_phase"] / run["updates"] for run in setup.seeds(settings).values()]
-    return f"{statistics.fmean(parts):.0%}".replace("%", " %") + "*" * (setup.settings.get("phase") == "fraction")
+    return f"{100 * part_of(setup, settings):.0f} %" + "*" * (setup.settings.get("phase") == "fraction")
 
 
 # --- the figure ----------------------------------------------------------------------------------------------
@@ -102,51 +111,67 @@ LENGTH = {"max_updates", "epochs", "window"} | MEASURES  # what runs of one kind
 
 
 def draw_gains(setups, path):
-    """Draws what methods have more than df, with 95 % intervals over seeds, against the number of updates: of the runs
-    of one kind that differ in length and window, of which there are most. Returns the files, as `draw` does; [] if
-    there are not two lengths."""
+    """Draws what methods have more than df, with 95 % intervals over seeds: against the number of updates, of the runs
+    of one kind that differ in length and window, of which there are most; and of slowfast against the part of the
+    updates in P1, of all setups. Returns the files, as `draw` does; [] if there are not two lengths."""
     import matplotlib.figure
     import matplotlib.style
 
-    lengths = max(gains_of(setups).values(), key=len, default={})
+    (task, _), lengths = max(gains_of(setups).items(), key=lambda found: len(found[1]), default=(("", ""), {}))
     if len(lengths) < 2:
         return []
     rows = [row for _, rows in sorted(lengths.items()) for row in rows]
+    methods = [method for method in RIVALS if any(method == row[2] for row in rows)]
+    by_part = gains_by_part(setups)
+    tasks = [task for task in TASK_NAMES.values() if any(task == row[2] for row in by_part)]
     with matplotlib.style.context(["default", STYLE]):
-        picture = matplotlib.figure.Figure(figsize=(6.3, 2.2), layout="constrained")
-        axes = picture.subplots(1, len(PANELS))
-        methods = [method for method in RIVALS if any(method == row[1] for row in rows)]
+        picture = matplotlib.figure.Figure(figsize=(6.3, 3.6), layout="constrained")
+        axes = picture.subplots(2, 2).ravel()
         for ax, (quantity, label) in zip(axes, PANELS.items()):
-            ax.axhline(0, color="0.4", linewidth=0.6)
-            for i, method in enumerate(methods):
-                points = [(updates, *found) for updates, m, q, *found in rows if (m, q) == (method, quantity)]
-                x, mean, low, high = np.array(points).T
-                style = look(i) | {"linestyle": "none"}
-                beside = x * 1.12 ** (i - (len(methods) - 1) / 2)  # bars of one length stand side by side
-                ax.errorbar(beside, mean, [mean - low, high - mean], label=method, capsize=1.5, elinewidth=0.8, **style)
+            draw_bars(ax, [row for row in rows if row[0] == quantity], methods, lambda x, i: x * 1.12**i)
             ax.set_xscale("log")
             ax.margins(x=0.1)
             ax.set_xticks([*lengths], [f"{n:,}" for n in lengths])
             ax.minorticks_off()
-            ax.set_xlabel("updates")
-            ax.set_ylabel(label)
-        draw_legend(picture, np.array([axes]), methods)
-        header = ["updates", "method", "quantity", "minus df", "low", "high"]
-        return written(picture, [header, *rows], path)
+            ax.set(xlabel=f"updates of {TASK_NAMES[task]}", ylabel=label)
+        draw_bars(axes[-1], by_part, tasks, lambda x, i: x, first=len(methods))
+        axes[-1].set(xlabel="slowfast: % of the updates in P1", xlim=(0, None), ylabel=PANELS["mean"])
+        draw_legend(picture, axes, [*methods, *tasks])
+        header = ["quantity", "x", "series", "minus df", "low", "high"]
+        return written(picture, [header, *rows, *by_part], path)
+
+
+def draw_bars(ax, rows, names, beside, first=0):
+    """A point and a bar for each row, a look for each name; beside(x, i) is where those of the i-th from the middle
+    stand."""
+    ax.axhline(0, color="0.4", linewidth=0.6)
+    for i, name in enumerate(names):
+        points = [(beside(x, i - (len(names) - 1) / 2), *found) for _, x, of, *found in rows if of == name]
+        x, mean, low, high = np.array(points).T
+        style = look(first + i) | {"linestyle": "none"}
+        ax.errorbar(x, mean, [mean - low, high - mean], label=name, capsize=1.5, elinewidth=0.8, **style)
 
 
 def gains_of(setups):
-    """{what runs have in common, as text: {updates: [(updates, method, quantity, difference from df, low, high)]}}; of
-    several setups of one length the one with most of them."""
+    """{(task, what its runs have in common, as text): {updates: rows}}, and a row is (quantity, updates, method,
+    difference from df, low, high); of several setups of one length those of the one with most of them."""
     found = {}
     for setup in setups:
         settings = {k: v for k, v in setup.settings.items() if decides(k) == RESULT and k not in {*VARIED, *LENGTH}}
         updates, rows = max(run["updates"] for run in setup.runs), []
         for method, quantity in itertools.product(RIVALS, PANELS):
-            pair = {"method": method}, {"method": "df"}
+            pair = {"method": method}, DF
             if len(paired(setup, *pair, quantity)) > 1:
-                rows.append((updates, method, quantity, *difference(setup, *pair, quantity)))
+                rows.append((quantity, updates, method, *difference(setup, *pair, quantity)))
         if rows:
-            lengths = found.setdefault(json.dumps([setup.task, settings], sort_keys=True), {})
+            lengths = found.setdefault((setup.task, json.dumps(settings, sort_keys=True)), {})
             lengths[updates] = max(rows, lengths.get(updates, []), key=len)
     return found
+
+
+def gains_by_part(setups):
+    """[("mean by part in P1", percent of the updates in P1, the task, slowfast's difference from df, low, high)]"""
+    return [
+        ("mean by part in P1", 100 * part_of(s, OURS), TASK_NAMES[s.task], *difference(s, OURS, DF, "mean"))
+        for s in setups if says_something(s)
+    ]  # fmt: skip

@@ -91,8 +91,8 @@ def gains_figure(setups, out):
         return []
     svg, png, table = (file.relative_to(out).as_posix() for file in files)
     return [f"![What each method gains over df]({png})", "",
-            f"By the number of updates what each method has more than df, and the 95 % intervals ([vector]({svg}), "
-            f"[numbers]({table}))", ""]  # fmt: skip
+            "What each method has more than df by the number of updates, and slowfast by the part of them in P1, with "
+            f"95 % intervals ([vector]({svg}), [numbers]({table}))", ""]  # fmt: skip
 
 
 def methods_of(setups):

@@ -155,7 +155,7 @@ def kind_of(settings):
 
 
 def lent(kinds):
-    """The runs of each kind, those that it is lent last. A run of a method without policies, df above all, knows no
+    """The runs of each kind, those that it is lent last. A run that no phase matters to, of df above all, knows no
     window and no phase: it stands in each kind that differs from its own in such settings alone and lacks it."""
 
     def name(run):
@@ -163,19 +163,24 @@ def lent(kinds):
 
     plain, more = {}, {}
     for (_, others), runs in kinds.items():
-        for run in filter(without_policies, runs):
+        for run in filter(without_phases, runs):
             plain.setdefault(others, {}).setdefault(name(run), run)
     for kind, runs in kinds.items():
         there = {name(run) for run in runs}
-        borrows = not all(map(without_policies, runs))
+        borrows = not all(map(without_phases, runs))
         more[kind] = [run for what, run in plain.get(kind[1], {}).items() if borrows and what not in there]
     given = {id(run) for runs in more.values() for run in runs}
     return [runs + more[kind] for kind, runs in kinds.items() if not all(id(run) in given for run in runs)]
 
 
-def without_policies(run):
-    method = METHODS.get(run["settings"]["method"])
-    return method is not None and method.policies == "df"
+def without_phases(run):
+    """Whether no update of a run depends on its phase: of a method without policies, or with numbers that are the same
+    in both."""
+    row = METHODS.get(run["settings"]["method"])
+    if row is None or isinstance(row.policies, str):
+        return row is not None and row.policies == "df"
+    P1, P2 = row.policies
+    return P1 == P2 and not any(isinstance(k, str) for k in P1.values())
 
 
 def label_of(settings):

@@ -252,7 +252,7 @@ draw("figure7", setups_of(read_runs([sys.argv[1]])), sys.argv[2])"""
         assert [file.read_bytes() for file in ours] == [(tmp_path / f"{seed}{f.suffix}").read_bytes() for f in ours]
 
 
-# --- what a method gains, by the length of the run -----------------------------------------------------------
+# --- what a method gains, by the length of the run and its part in P1 ----------------------------------------
 
 
 @pytest.mark.filterwarnings("error")
@@ -273,18 +273,32 @@ def test_what_methods_gain_by_length(tmp_path, looked):
     assert [file.name for file in files] == ["gains.svg", "gains.png", "gains.csv"]
     with open(files[2], newline="", encoding="utf-8") as file:
         rows = [*csv.DictReader(file)]
-    assert {(int(r["updates"]), r["method"]) for r in rows} == {(n, m) for n, of_n in lengths.items() for m in of_n}
-    assert len(rows) == 3 * 6
+    rows, by_part = rows[:18], rows[18:]
+    assert {(int(r["x"]), r["series"]) for r in rows} == {(n, m) for n, of_n in lengths.items() for m in of_n}
     for row in rows:
-        i = lengths[int(row["updates"])].index(row["method"]) + 1
+        i = lengths[int(row["x"])].index(row["series"]) + 1
         seeds = {"mean": [i / 2, i], "source": [0, 0], "gap": [-i, -2 * i]}[row["quantity"]]  # more than df's, by hand
         margin = 12.706 * statistics.stdev(seeds) / 2**0.5
         found = [float(row[name]) for name in ("minus df", "low", "high")]
         expected = [statistics.fmean(seeds) + d for d in (0, -margin, margin)]
         assert found == pytest.approx(expected, rel=1e-4, abs=1e-6), row
+    gains = {(240, 0.75), (960, 0.75), (14070, 2.25), (240, 0), (480, 0), (720, 0)}  # slowfast's, of all setups
+    found = sorted((float(row["x"]), float(row["minus df"])) for row in by_part)
+    np.testing.assert_allclose(found, sorted((4700 / updates, gain) for updates, gain in gains), atol=1e-9)
     check_look(looked, files[1])
     shown = [said for said, *_ in looked.texts]
-    assert {"noisytune", "fs", "ff", "slowfast", "240", "960", "14,070", "Δ gap (points)"} <= set(shown)
+    assert {
+        "XNLI",
+        "updates of XNLI",
+        "noisytune",
+        "fs",
+        "ff",
+        "slowfast",
+        "240",
+        "960",
+        "14,070",
+        "Δ gap (points)",
+    } <= set(shown)
     again = draw_gains(setups_of([*again, *runs, *alone, *other]), tmp_path / "again")
     assert [file.read_bytes() for file in files] == [file.read_bytes() for file in again]
 

@@ -58,9 +58,10 @@ def test_any_other_setting_makes_a_setup(name):
     ]  # fmt: skip
 
 
-def test_a_method_without_policies_stands_in_each_setup_of_others():
-    """df, noisytune and what freezes or starts anew know no window, phase, threshold or policy IV: they are lent to
-    setups that differ in these alone and have none of their own with that seed. What is lent is no setup besides."""
+def test_a_method_without_phases_stands_in_each_setup_of_others():
+    """df, noisytune, what freezes or starts anew and what is as fast in P1 as in P2 know no window, phase, threshold or
+    policy IV: they are lent to setups that differ in these alone and have none of their own with that seed. What is
+    lent is no setup besides."""
     scores = {"en": 80.0, "de": 70.0}
     short = {"window": 20, "max_updates": 240}
     plain = [run_of(scores, m, seed) for m in ("df", "noisytune", "freeze-4") for seed in (1, 2)]
@@ -69,7 +70,7 @@ def test_a_method_without_policies_stands_in_each_setup_of_others():
               run_of(scores, "enlarge-2", 1, policy4="off")]  # fmt: skip
     setups = setups_of([*plain, own, longer, *others])
     assert [setup.runs for setup in setups] == [
-        [own, others[0], plain[1], *plain[2:]], [longer], [others[1], *plain], [others[2], *plain]
+        [own, others[0], plain[1], *plain[2:], others[2]], [longer], [others[1], *plain, others[2]]
     ]  # fmt: skip
     assert [setup.settings["phase"] for setup in setups[:1]] == ["fraction"]
     assert difference(setups[0], SLOWFAST, DF, "mean") is not None and setups[0].seeds(DF)[1] is own
