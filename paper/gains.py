@@ -98,16 +98,17 @@ def part_of(setup, settings):
 
 
 def part_in_P1(setup, settings):
-    """ "16 %" of the updates; with a star where that is set and not found."""
-    return f"{100 * part_of(setup, settings):.0f} %" + "*" * (setup.settings.get("phase") == "fraction")
+    """ "16 %" of the updates; with a star where that was set and not found: not of the df that such a setup is lent."""
+    was_set = any(run["settings"].get("phase") == "fraction" for run in setup.seeds(settings).values())
+    return f"{100 * part_of(setup, settings):.0f} %" + "*" * was_set
 
 
 # --- the figure ----------------------------------------------------------------------------------------------
 
 RIVALS = ("noisytune", "fs", "ff", "slowfast")
 PANELS = {"mean": "Δ mean (points)", "source": "Δ source (points)", "gap": "Δ gap (points)"}
-MEASURES = {name for name, f in FIELDS.items() if f.metadata.get("group") == MEASURING}
-LENGTH = {"max_updates", "epochs", "window"} | MEASURES  # what runs of one kind may differ in here
+# what runs of one kind may differ in here: their length, and what is measured of them
+LENGTH = {"max_updates", "epochs", "window", *(x for x, f in FIELDS.items() if f.metadata.get("group") == MEASURING)}
 
 
 def draw_gains(setups, path):

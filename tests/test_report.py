@@ -278,3 +278,10 @@ def test_each_interval_in_words_stands_in_a_table():
         text = " ".join(text.split())
         found += [(file.name, said) for said in re.findall(kind, re.sub(rf"commit 76c6ddc.*?{kind}", "", text))]
     assert len(found) > 8 and not [(name, said) for name, said in found if said not in tables]
+
+
+def test_the_part_in_P1_has_a_star_where_it_was_set():
+    """Which is the one for slowfast, and the other for the df that its setup is lent."""
+    scores = {"en": 80.0, "de": 70.0}
+    (setup,) = setups_of([run_of(scores), run_of(scores, "slowfast", phase="fraction")])
+    assert [gains.part_in_P1(setup, {"method": m}) for m in ("df", "slowfast")] == ["20 %", "20 %*"]
