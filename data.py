@@ -1036,15 +1036,16 @@ def _load_cached(path):
     return {name: Examples.from_arrays(arrays) for name, arrays in sorted(parts.items())}
 
 
-def read_arrays(path):
-    """{name: array} of a .npz file. What a header says of an array's size is compared with the bytes that there are
-    before any memory is taken, which np.load does not. Raises ValueError, among others, for a damaged file."""
+def read_arrays(file, most=MOST_ARRAYS):
+    """{name: array} of a .npz file, of at most so many bytes in all. What a header says of an array's size is compared
+    with the bytes that there are before any memory is taken, which np.load does not. Raises ValueError, among others,
+    for a damaged file."""
     found = {}
-    with zipfile.ZipFile(path) as archive:
+    with zipfile.ZipFile(file) as archive:
         archive.fp.seek(-22, os.SEEK_END)  # its end says how many there are, which zipfile does not read
         if int.from_bytes(archive.fp.read()[10:12], "little") != len(archive.infolist()):
             raise ValueError("not all of its arrays are listed")
-        if sum(member.file_size for member in archive.infolist()) > MOST_ARRAYS:
+        if sum(member.file_size for member in archive.infolist()) > most:
             raise ValueError("unpacked it is larger than any of ours")
         for member in archive.infolist():
             content = io.BytesIO(archive.read(member))

@@ -11,13 +11,12 @@ import functools
 import io
 import json
 import re
-import zipfile
 from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 
-from data import SOURCE, InputError
+from data import SOURCE, InputError, read_arrays
 from eval import MEASURES
 from paper.options import FIELDS, SETTINGS
 
@@ -275,11 +274,10 @@ def read_counts(file, task, scores):
     """{language: (examples, k)} of an examples/SPLIT.npz, float32, which come to these scores of the run, {language:
     percent}."""
     try:
-        with zipfile.ZipFile(io.BytesIO(read_bytes(file))) as archive:
-            members = {member.filename.removesuffix(".npy"): member for member in archive.infolist()}
-            check_languages("it", members, scores)
-            found = {language: read_member(archive, member) for language, member in members.items()}
+        found = read_arrays(io.BytesIO(read_bytes(file)), MOST_BYTES[file.suffix])
+        check_languages("it", found, scores)
         for language, counts in found.items():
+            check_counts(language, counts)
             (score, *_) = MEASURES[task].of(counts).values()
             if not abs(score - scores[language]) < 1e-3:
                 raise ValueError(f"{language} comes to {score:.2f}, in result.json it is {scores[language]:.2f}")
@@ -289,18 +287,10 @@ def read_counts(file, task, scores):
     return {language: counts.astype(np.float32) for language, counts in found.items()}
 
 
-def read_member(archive, member):
-    """The array (examples, k) of a member of an .npz, whose size is what its header says."""
-    if member.file_size > 24 * MOST_EXAMPLES + 2**14:
-        raise ValueError(f"{member.filename} is of {member.file_size:,} bytes")
-    with archive.open(member) as file:
-        version = np.lib.format.read_magic(file)
-        shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
-        values = file.read(member.file_size)
-    rows, columns = shape
-    if version != (1, 0) or dtype.kind not in "biuf" or not 1 <= rows <= MOST_EXAMPLES or not 1 <= columns <= 3:
-        raise ValueError(f"{member.filename} is {dtype} {shape}, not up to {MOST_EXAMPLES:,} examples' counts")
-    array = np.frombuffer(values, dtype).reshape(shape, order="F" if fortran else "C")
-    if not (np.isfinite(array).all() and (array >= 0).all()):
-        raise ValueError(f"{member.filename} has counts that are not finite, or below 0")
-    return array
+def check_counts(language, counts):
+    """Raises ValueError unless an array is what each of some examples may count."""
+    examples, numbers = counts.shape if counts.ndim == 2 else (0, 0)
+    if counts.dtype.kind not in "biuf" or not 1 <= examples <= MOST_EXAMPLES or not 1 <= numbers <= 3:
+        raise ValueError(f"{language} is {counts.dtype} {counts.shape}, not up to {MOST_EXAMPLES:,} examples' counts")
+    if not (np.isfinite(counts).all() and (counts >= 0).all()):
+        raise ValueError(f"{language} has counts that are not finite, or below 0")

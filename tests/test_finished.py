@@ -273,15 +273,16 @@ def infinite():
 
 NPZ = {  # what is done to the file, and what is said of it
     "cut": (lambda f: f.write_bytes(f.read_bytes()[:100]), "zip"), "text": (lambda f: f.write_text("counts"), "zip"),
-    "a pickle": (lambda f: member(f, text=pickled()), "object"), "no array": (lambda f: member(f, text=b"none"), ""),
-    "a bomb": (lambda f: member(f, text=bytes(10**7)), "de.npy is of 10,000,000 bytes"),
+    "a pickle": (lambda f: member(f, text=pickled()), "OBJECT"), "no array": (lambda f: member(f, text=b"none"), ""),
+    "a bomb": (lambda f: member(f, text=bytes(10**7)), "magic string"),
     "infinite": (lambda f: member(f, text=infinite()), "not finite"),
-    "a huge shape": (lambda f: member(f, shape=(10**12, 1)), "(1000000000000, 1)"),
+    "a huge shape": (lambda f: member(f, shape=(10**12, 1)), "(1000000000000,1)"),
     "short": (lambda f: member(f, size=29), "reshape"), "others' scores": (lambda f: member(f), "de comes to 0.00"),
     "many examples": (lambda f: member(f, shape=(200_000, 1), size=200_000), "not up to 100,000 examples"),
-    "one dimension": (lambda f: member(f, shape=(30,)), ""),
+    "one dimension": (lambda f: member(f, shape=(30,)), "de is bool (30,), not up"),
     "empty": (lambda f: member(f, shape=(0, 1), size=0), "not up"),
-    "wide": (lambda f: member(f, shape=(1, 30)), "not up"), "dates": (lambda f: member(f, descr="<M8[s]"), "not up"),
+    "wide": (lambda f: member(f, shape=(1, 30)), "not up"),
+    "dates": (lambda f: member(f, descr="<M8[s]", size=240), "not up"),
     "another language": (lambda f: member(f, name="zh"), "other languages than the run (zh)"),
     "a language less": (lambda f: np.savez(f, **{x: c for x, c in counts_of("xnli", 2).items() if x != "de"}), "(de)"),
 }  # fmt: skip
