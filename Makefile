@@ -181,16 +181,18 @@ small: .venv/figures $(E5)/model.safetensors $(foreach task,$(ALL_TASKS),$(DATA_
 SHORT := SETUP=small MODEL=$(E5)
 ONCE  := --no-test --eval-every 0 --cka-every 0 --discard
 XNLI_240 := $(ONCE) --max-updates 240 --window 20 --dev-examples 500 --gap-every 60 --gap-examples 200 --log-every 20
+XNLI_960 := $(ONCE) --max-updates 960 --window 80 --dev-examples 500 --gap-every 240 --gap-examples 100 --log-every 20
 NER_960  := $(ONCE) --max-updates 960 --epochs 2 --dev-examples 300 --gap-every 240 --gap-examples 100
 NER_240  := $(ONCE) --max-updates 240 --window 20 --dev-examples 300 --gap-every 0 --log-every 20
 
 evidence:
 	$(MAKE) xnli $(SHORT) ARGS="$(XNLI_240)"
+	$(MAKE) xnli $(SHORT) SEEDS="1 2" ARGS="$(XNLI_960)"
 	$(MAKE) ner $(SHORT) METHODS="df slowfast" ARGS="$(NER_960) --window 80"
 	$(MAKE) ner $(SHORT) METHODS=slowfast ARGS="$(NER_960) --window 20"
 	$(MAKE) ner $(SHORT) METHODS=df SEEDS="5 6" ARGS="$(NER_960) --window 80"
 	$(MAKE) ner $(SHORT) METHODS=slowfast SEEDS="1 2 3 4 5 6" ARGS="$(NER_960) --window 80 --phase fraction"
-	$(MAKE) table1 $(SHORT) TASKS=ner SEEDS="1 2" ARGS="$(NER_240)"
+	$(MAKE) table1 $(SHORT) TASKS=ner SEEDS="1 2 3" ARGS="$(NER_240)"
 	$(MAKE) table6 $(SHORT) TASKS=ner ARGS="$(NER_240)"
 	$(MAKE) ner $(SHORT) METHODS=slowfast ARGS="$(NER_240) --phase fraction"
 

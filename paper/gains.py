@@ -112,17 +112,22 @@ LENGTH = {"max_updates", "epochs", "window", *(x for x, f in FIELDS.items() if f
 
 
 def draw_gains(setups, path):
-    """Draws what methods have more than df, with 95 % intervals over seeds: against the number of updates, of the runs
-    of one kind that differ in length and window, of which there are most; and of slowfast against the part of the
-    updates in P1, of all setups. Returns the files, as `draw` does; [] if there are not two lengths."""
+    """Draws what methods have more than df, with 95 % intervals over seeds: against the number of updates, of runs of
+    one kind, that of which there are most lengths; and of slowfast against the part of the updates in P1, of all
+    setups. Returns the files, as `draw` does; [] if there are not two lengths."""
     import matplotlib.figure
     import matplotlib.style
 
-    (task, _), lengths = max(gains_of(setups).items(), key=lambda found: len(found[1]), default=(("", ""), {}))
+    kinds = [(sorted({n for n, _ in gains}), task, gains) for (task, _), gains in gains_of(setups).items()]
+    lengths, task, gains = max(kinds, key=lambda kind: len(kind[0]), default=([], "", {}))
     if len(lengths) < 2:
         return []
-    rows = [row for _, rows in sorted(lengths.items()) for row in rows]
-    methods = [method for method in RIVALS if any(method == row[2] for row in rows)]
+    methods = [method for method in RIVALS if any(method == there for _, there in gains)]
+    rows = [
+        (quantity, n, method, *difference(gains[n, method], {"method": method}, DF, quantity))
+        for n, method, quantity in itertools.product(lengths, methods, PANELS)
+        if (n, method) in gains
+    ]
     by_part = gains_by_part(setups)
     tasks = [task for task in TASK_NAMES.values() if any(task == row[2] for row in by_part)]
     with matplotlib.style.context(["default", STYLE]):
@@ -132,7 +137,7 @@ def draw_gains(setups, path):
             draw_bars(ax, [row for row in rows if row[0] == quantity], methods, lambda x, i: x * 1.12**i)
             ax.set_xscale("log")
             ax.margins(x=0.1)
-            ax.set_xticks([*lengths], [f"{n:,}" for n in lengths])
+            ax.set_xticks(lengths, [f"{n:,}" for n in lengths])
             ax.minorticks_off()
             ax.set(xlabel=f"updates of {TASK_NAMES[task]}", ylabel=label)
         draw_bars(axes[-1], by_part, tasks, lambda x, i: x, first=len(methods))
@@ -154,20 +159,20 @@ def draw_bars(ax, rows, names, beside, first=0):
 
 
 def gains_of(setups):
-    """{(task, what its runs have in common, as text): {updates: rows}}, and a row is (quantity, updates, method,
-    difference from df, low, high); of several setups of one length those of the one with most of them."""
+    """{(task, what its runs have in common, as text): {(updates, method): the setup with most seeds of it, or else most
+    runs}}, of two seeds or more."""
     found = {}
     for setup in setups:
         settings = {k: v for k, v in setup.settings.items() if decides(k) == RESULT and k not in {*VARIED, *LENGTH}}
-        updates, rows = max(run["updates"] for run in setup.runs), []
-        for method, quantity in itertools.product(RIVALS, PANELS):
-            pair = {"method": method}, DF
-            if len(paired(setup, *pair, quantity)) > 1:
-                rows.append((quantity, updates, method, *difference(setup, *pair, quantity)))
-        if rows:
-            lengths = found.setdefault((setup.task, json.dumps(settings, sort_keys=True)), {})
-            lengths[updates] = max(rows, lengths.get(updates, []), key=len)
-    return found
+        kind, updates = (setup.task, json.dumps(settings, sort_keys=True)), max(run["updates"] for run in setup.runs)
+        seeds = {method: len(paired(setup, {"method": method}, DF, "mean")) for method in RIVALS}
+        for method in (method for method, n in seeds.items() if n > 1):
+            there = found.setdefault(kind, {}).setdefault((updates, method), [])
+            there.append((seeds[method], sum(seeds.values()), setup))
+    return {
+        kind: {gain: max(there, key=lambda one: one[:2])[2] for gain, there in gains.items()}
+        for kind, gains in found.items()
+    }
 
 
 def gains_by_part(setups):

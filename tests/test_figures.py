@@ -257,16 +257,21 @@ draw("figure7", setups_of(read_runs([sys.argv[1]])), sys.argv[2])"""
 
 @pytest.mark.filterwarnings("error")
 def test_what_methods_gain_by_length(tmp_path, looked):
-    """Of the runs of one kind, which differ in length, window and what they measure; each length once, by the setup
-    with most methods; not of one seed; with the intervals that `difference` has. And slowfast of all setups, by its
-    part in P1: here 47 updates."""
-    lengths = {240: ["slowfast", "fs"], 960: ["slowfast"], 14070: ["noisytune", "ff", "slowfast"]}
-    runs = []
-    for n, methods in lengths.items():
-        runs += [run_of({"en": 80.0 + seed, "de": 60.0 + i * seed}, m, seed, max_updates=n, window=n // 12)
-                 | {"updates": n} for i, m in enumerate(["df", *methods]) for seed in (1, 2)]  # fmt: skip
-    again = [run_of({"en": 5.0, "de": 4.0}, m, seed, max_updates=240, dev_examples=9)
-             for m in ("df", "slowfast") for seed in (1, 2)]  # fmt: skip
+    """Of the runs of one kind, which differ in length, window and what they measure; each method once a length, of
+    the setup with most seeds of it, or else most runs; not of one seed; with the intervals that `difference` has. And
+    slowfast of all setups, by its part in P1: here 47 updates."""
+    place = {"df": 0, "slowfast": 1, "fs": 2, "noisytune": 3, "ff": 4}
+
+    def gaining(methods, n, seeds, times=1, **settings):
+        return [run_of({"en": 80.0 + seed, "de": 60.0 + place[m] * seed * times}, m, seed, max_updates=n, **settings)
+                | {"updates": n} for m in ["df", *methods] for seed in seeds]  # fmt: skip
+
+    runs = gaining(["slowfast", "fs"], 240, (1, 2, 3)) + gaining(["noisytune", "ff", "slowfast"], 14070, (1, 2))
+    runs += gaining(["slowfast", "fs"], 960, (1, 2), window=80) + gaining(["ff"], 960, (1, 2), dev_examples=9)
+    again = gaining(["slowfast", "fs", "noisytune", "ff"], 240, (1, 2), dev_examples=9)  # most runs, not most seeds
+    again += gaining(["slowfast"], 960, (1, 2), times=0, dev_examples=8)  # of as many seeds, and fewer runs
+    drawn = {240: "slowfast fs noisytune ff", 960: "slowfast fs ff", 14070: "slowfast noisytune ff"}
+    expected = {(n, m): 2 for n in drawn for m in drawn[n].split()} | {(240, "slowfast"): 3, (240, "fs"): 3}  # seeds
     alone = [run_of({"en": 5.0, "de": 4.0}, m, max_updates=30) | {"updates": 30} for m in ("df", "fs")]
     other = [run_of({"en": 5.0, "de": 4.0}, m, seed, lr=0.1, max_updates=n) | {"updates": n}
              for m in ("df", "slowfast") for n in (480, 720) for seed in (1, 2)]  # fmt: skip
@@ -274,16 +279,17 @@ def test_what_methods_gain_by_length(tmp_path, looked):
     assert [file.name for file in files] == ["gains.svg", "gains.png", "gains.csv"]
     with open(files[2], newline="", encoding="utf-8") as file:
         rows = [*csv.DictReader(file)]
-    rows, by_part = rows[:18], rows[18:]
-    assert {(int(r["x"]), r["series"]) for r in rows} == {(n, m) for n, of_n in lengths.items() for m in of_n}
+    rows, by_part = rows[: 3 * len(expected)], rows[3 * len(expected) :]
+    assert {(int(r["x"]), r["series"]) for r in rows} == {*expected}
     for row in rows:
-        i = lengths[int(row["x"])].index(row["series"]) + 1
-        seeds = {"mean": [i / 2, i], "source": [0, 0], "gap": [-i, -2 * i]}[row["quantity"]]  # more than df's, by hand
-        margin = 12.706 * statistics.stdev(seeds) / 2**0.5
+        n = expected[int(row["x"]), row["series"]]
+        gap = [-place[row["series"]] * seed for seed in range(1, n + 1)]  # more than df's, by hand
+        seeds = {"mean": [-x / 2 for x in gap], "source": [0] * n, "gap": gap}[row["quantity"]]
+        margin = {2: 12.706, 3: 4.3027}[n] * statistics.stdev(seeds) / n**0.5
         found = [float(row[name]) for name in ("minus df", "low", "high")]
-        expected = [statistics.fmean(seeds) + d for d in (0, -margin, margin)]
-        assert found == pytest.approx(expected, rel=1e-4, abs=1e-6), row
-    gains = {(240, 0.75), (960, 0.75), (14070, 2.25), (240, 0), (480, 0), (720, 0)}  # slowfast's, of all setups
+        assert found == pytest.approx([statistics.fmean(seeds) + d for d in (0, -margin, margin)], rel=1e-4), row
+    # slowfast's, of all setups
+    gains = [(240, 1), (240, 0.75), (960, 0.75), (960, 0), (14070, 0.75), (480, 0), (720, 0)]
     found = sorted((float(row["x"]), float(row["minus df"])) for row in by_part)
     np.testing.assert_allclose(found, sorted((4700 / updates, gain) for updates, gain in gains), atol=1e-9)
     check_look(looked, files[1])
