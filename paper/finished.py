@@ -121,7 +121,7 @@ def quoted(value):
 
 # --- reading -------------------------------------------------------------------------------------------------
 
-MOST_BYTES = {".json": 2**20, ".md": 2**20, ".jsonl": 2**28, ".npz": 2**28}  # of a file
+MOST_BYTES = {".json": 2**20, ".md": 2**20, ".jsonl": 2**28, ".npz": 2**26}  # of a file; .npz: unpacked too
 MOST_DEEP, MOST_EXAMPLES = 20, 100_000  # objects in objects; examples of a language: a bootstrap takes 4 KB for each
 
 

@@ -274,7 +274,8 @@ def infinite():
 NPZ = {  # what is done to the file, and what is said of it
     "cut": (lambda f: f.write_bytes(f.read_bytes()[:100]), "zip"), "text": (lambda f: f.write_text("counts"), "zip"),
     "a pickle": (lambda f: member(f, text=pickled()), "OBJECT"), "no array": (lambda f: member(f, text=b"none"), ""),
-    "a bomb": (lambda f: member(f, text=bytes(10**7)), "magic string"),
+    "a bomb": (lambda f: member(f, shape=(7 * 10**7, 1), size=7 * 10**7), "unpacked it is larger"),
+    "noughts": (lambda f: member(f, text=bytes(10**7)), "magic string"),
     "infinite": (lambda f: member(f, text=infinite()), "not finite"),
     "a huge shape": (lambda f: member(f, shape=(10**12, 1)), "(1000000000000,1)"),
     "short": (lambda f: member(f, size=29), "reshape"), "others' scores": (lambda f: member(f), "de comes to 0.00"),
