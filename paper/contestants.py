@@ -335,17 +335,19 @@ def evaluate_theirs(job, clock, folder):
 
 
 def products(job, clock, folder):
-    """Seconds an update that the matrix products of the layers would take alone: of the projections and the
+    """Seconds an update of ours that the matrix products of the layers would take alone: of the projections and the
     feed-forward, and of the gradients of their inputs and their weights."""
     c, device = config_of(job), torch.device(job.device)
     lengths = np.sort(training_set(job.batches, pieces_of(c)).lengths).reshape(-1, BATCH)[:, -1]  # (batches,)
+    lengths += -lengths % (fast.MULTIPLE if device.type == "cuda" else 1)
     make = {"device": device, "dtype": torch.bfloat16 if fast_precision(device) == "bf16" else torch.float32}
     h, inner = c.hidden_size, c.intermediate_size
-    shapes = [(3 * h, h), (h, h), (inner, h), (h, inner)] * c.num_hidden_layers
+    shapes = [(3 * h, h), (h, h), (inner, h), (h, inner)] * (c.num_hidden_layers - 1)
+    shapes += [(2 * h, h)]  # the last layer's keys and values; the rest of it is of `<s>` alone, and as good as nothing
     weights = [torch.randn(shape, **make) for shape in shapes]
 
     def seconds(length):
-        ends = {size: torch.randn(BATCH * int(length), size, **make) for size in {h, 3 * h, inner}}
+        ends = {size: torch.randn(BATCH * int(length), size, **make) for size in {h, 2 * h, 3 * h, inner}}
 
         def multiply():
             for w in weights:

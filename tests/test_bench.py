@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from data import PAD, POOL
 from paper import bench, contestants
@@ -125,6 +126,24 @@ def test_the_other_parts(monkeypatch):
     times = {"our evaluation": [took(1.0, 1, 1), took(2.0, 1, 1)], "their evaluation": [took(4.0, 1, 1)] * 2}
     monkeypatch.setattr(bench, "contest", lambda jobs, limit: times)
     assert bench.evaluation([job("", "m")], there, 1)["ratio"] == {"median": 3.0, "min": 2.0, "max": 4.0}
+
+
+def test_the_products_are_those_of_our_updates(model, tmp_path):
+    """PyTorch counts as many operations in both, but for the head's and those of `<s>` in the last layer."""
+
+    def operations(work):
+        with FlopCounterMode(display=False) as counter, pytest.raises(SystemExit):
+            work()
+        found = counter.get_flop_counts()["Global"]
+        return sum(n for kind, n in found.items() if kind in (torch.ops.aten.mm, torch.ops.aten.addmm))
+
+    def end(_):
+        raise SystemExit
+
+    one = job("products", model)
+    twice = operations(lambda: contestants.products(one, SimpleNamespace(say=end), None))  # the first not timed
+    ours = operations(lambda: contestants.train_ours(one, Clock(one, end), str(tmp_path)))
+    assert 0.93 < twice / 2 / ours <= 1
 
 
 def test_a_contestant_that_fails_is_left_out(monkeypatch, capsys):
