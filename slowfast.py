@@ -165,9 +165,8 @@ class SlowFast:
     c1, c2, r   the paper's constants: K of policy I (< 1), K of policy IV (> 1), the power in R (> 0)
     method      a name in METHODS or a Method: which cell gets which K in which phase
     phase       "loss": P1 is where the mean loss of the last `window` updates is more than `threshold` below that
-                of the `window` before (Section 4.1), and the start, until both windows are full: a short run takes
-                short ones. It has no memory: a run can come back. "fraction": P1 is the first `fraction` of
-                `total_updates` (Section 2.2)
+                of the `window` before (4.1), and the start, until both are full: a short run takes short ones. A run
+                can come back. "fraction": P1 is the first `fraction` of `total_updates` (Section 2.2)
     policy4     "on", "off", or "auto": on while the last two layers still move away from the pre-trained model,
                 as told by `observe_similarity` (Section 3.2)
     scale       "rate": K multiplies the learning rate (not the gradient: Adam would cancel that), and with it weight
@@ -332,7 +331,7 @@ def move(parts, scalars):
         torch._foreach_mul_(v, beta2)  # v = beta2 v + (1 - beta2) g^2
         torch._foreach_addcmul_(v, gradients, gradients, 1 - beta2)
         denominators = torch._foreach_sqrt(v)  # theta = theta - rate m / (sqrt(v) + eps)
-        torch._foreach_add_(denominators, eps)
+        torch._foreach_add_(denominators, eps, **{"alpha": 1} if torch.is_tensor(eps) else {})  # or a tensor is read
         torch._foreach_div_(denominators, rate)
         torch._foreach_addcdiv_(params, m, denominators, -1)
 
@@ -401,8 +400,8 @@ def update(model, batches, loss, optimizer, policies, clip=1.0):
     """One update: loss, gradient, clipping, K, Adam. Returns L_t, a number.
 
     batches: its micro-batches, several if memory is short. loss(model, batch): what one adds to L_t, a tensor with one
-    element. clip: what the norm of the gradient is cut at (1.0, as in XTREME, whose recipe the paper
-    follows), 0 for never. A loss that is not finite raises FloatingPointError before any weight has moved."""
+    element. clip: what the gradient's norm is cut at (1.0, as in XTREME, whose recipe the paper follows), 0 for never.
+    A loss that is not finite raises FloatingPointError before any weight has moved."""
     model.train()
     total = 0.0
     for batch in batches:

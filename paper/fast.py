@@ -169,6 +169,9 @@ class Shape:
         params = self.replay.params
         with torch.no_grad():
             torch._foreach_copy_([p.grad for p in params], torch.autograd.grad(self.L, params))
+        # Autograd remembers the stream of each weight for as long as a loss hangs on it, and a capture has another than
+        # what was done before it: with such a loss left it fails.
+        self.L = self.L.detach()
         if self.clip:
             torch.nn.utils.clip_grad_norm_(params, self.clip)
 

@@ -1,12 +1,15 @@
 """The fast paths of an update against slowfast.update: the same losses to rounding, and exactly the K's that the method
 makes of them."""
 
+import contextlib
 import copy
 import types
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import data
 import model as xlmr
@@ -153,6 +156,133 @@ def test_a_loss_that_is_not_finite_moves_nothing(examples):
     with pytest.raises(FloatingPointError, match="update 1: the loss is nan"):
         update(model, batch, lambda *args: loss(*args) * float("nan"), optimizer, policies)
     assert all(torch.equal(w, before[name]) for name, w in model.state_dict().items())
+
+
+# --- what a capture asks of the work, without a GPU ------------------------------------------------------------
+
+
+class Tape(TorchDispatchMode):
+    """A CUDA graph of a CPU: the operations done while it is entered. As in a capture they are then as if they had not
+    been done, and whatever would wait for the device is an error; `replay` does them again, on the same tensors. What
+    is a number while they are recorded is the same number ever after, as in a graph."""
+
+    WAIT = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2")
+
+    def __init__(self):
+        super().__init__()
+        self.operations, self.written, self.replays = [], {}, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        mask = any(t.dtype == torch.bool for t in tree_leaves(args[1:2]) if isinstance(t, torch.Tensor))
+        name = function.overloadpacket.__name__
+        if name in self.WAIT or (name.startswith("index") and mask):
+            raise RuntimeError(f"{function} waits for the device")
+        given = [*zip(function._schema.arguments, args)]
+        given += [(argument, kwargs.get(argument.name)) for argument in function._schema.arguments]
+        writes = [value for argument, value in given if argument.alias_info and argument.alias_info.is_write]
+        for t in (t for t in tree_leaves(writes) if t is not None):
+            storage = t.untyped_storage()
+            self.written.setdefault(storage.data_ptr(), (storage, storage.clone()))
+        made = function(*args, **kwargs)
+        is_view = any(one.alias_info and not one.alias_info.is_write for one in function._schema.returns)
+        self.operations += [] if is_view else [(function, args, kwargs, tensors_in(made), bool(writes))]
+        return made
+
+    def recorded(self):
+        """As torch.cuda.graph: records what is done within."""
+        random = torch.get_rng_state()
+        with self:
+            yield
+        torch.set_rng_state(random)
+        for storage, before in self.written.values():
+            storage.copy_(before)
+
+    @torch.no_grad()
+    def replay(self):
+        self.replays += 1
+        known = tuple(t for _, _, _, made, _ in self.operations for t in made)
+        with torch.autograd._unsafe_preserve_version_counter(known):
+            for function, args, kwargs, made, in_place in self.operations:
+                for old, new in zip(made, tensors_in(function(*args, **kwargs))):
+                    if not in_place:
+                        old.detach().copy_(new)
+
+
+def tensors_in(found):
+    return [t for t in tree_leaves(found) if isinstance(t, torch.Tensor)]
+
+
+@pytest.fixture
+def tapes(monkeypatch):
+    """Has a Replay record and replay on a CPU; all tapes that it makes."""
+    made = []
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: made.append(Tape()) or made[-1])
+    monkeypatch.setattr(torch.cuda, "graph", lambda tape, pool: contextlib.contextmanager(Tape.recorded)(tape))
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    return made
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_what_is_recorded_can_be_replayed(examples, tapes, p):
+    """To the last bit: nothing of an update is a number of Python's, nor waits for the device, and all that is fed, the
+    rates and eps among it, lies where it is read."""
+    numbers = {"hidden_dropout_prob": p, "attention_probs_dropout_prob": p, "updates": 60}
+    losses, multipliers, weights = train(examples, **numbers)
+    found, found_multipliers, found_weights = train(examples, prepare=replayed(True), **numbers)
+    assert max(tape.replays for tape in tapes) == 59 and len(tapes) > 6  # the optimiser's; two of each length
+    assert found == losses and found_multipliers == multipliers
+    assert all(torch.equal(found_weights[name], w) for name, w in weights.items())
+
+
+HEADS = {
+    "ner": (xlmr.TokenClassifier, (4, 16)),
+    "mlqa": (xlmr.QuestionAnswering, (4, 2)),
+}
+
+
+@pytest.mark.parametrize("task", HEADS)
+def test_each_head_can_be_replayed(tapes, task):
+    head, shape = HEADS[task]
+    input_ids = torch.randint(4, 200, (4, 16), generator=torch.Generator().manual_seed(1))
+    input_ids[:2, 10:] = data.PAD
+    labels = torch.arange(shape[0] * shape[1]).view(shape) % 3
+    labels[0, 1] = data.IGNORED
+    losses = {}
+    for capture in (False, True):
+        torch.manual_seed(0)
+        model = head(xlmr.Config(**NUMBERS))
+        xlmr.initialise(model)
+        optimizer = slowfast.Adam(slowfast.param_groups(model), lr=1e-3)
+        policies, update = slowfast.SlowFast(optimizer), fast.Replay(capture)
+
+        def mean(model, batch):
+            return model.loss(model(batch[0]), batch[1]) / batch[2]
+
+        losses[capture] = [update(model, [(input_ids, labels, 7)], mean, optimizer, policies) for _ in range(5)]
+    assert losses[True] == losses[False] and losses[True][4] < losses[True][0] and len(tapes) == 3
+
+
+@pytest.mark.parametrize("way", ["replayed", "compiled"])
+def test_autograd_has_forgotten_the_last_update(examples, monkeypatch, way):
+    """What adds up a weight's gradient lives for as long as a loss hangs on it, and remembers the stream that it was of
+    at first: if that is the default stream, as it is for what is done before a capture, the capture fails."""
+    plain, left = loss, []
+
+    def adder(p):
+        return p.view_as(p).grad_fn.next_functions[0][0]
+
+    def watched(model, batch):
+        left.append([name for name, p in model.named_parameters() if "seen" in adder(p).metadata])
+        L = plain(model, batch)
+        for p in model.parameters():
+            adder(p).metadata["seen"] = True
+        assert all("seen" in adder(p).metadata for p in model.parameters())  # while the loss is there
+        return L
+
+    monkeypatch.setitem(globals(), "loss", watched)
+    train(examples, updates=12, prepare=replayed(False) if way == "replayed" else compiled)
+    assert left == 12 * [[]]
 
 
 # --- which update a run takes ---------------------------------------------------------------------------------
