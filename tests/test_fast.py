@@ -223,11 +223,10 @@ def tapes(monkeypatch):
     return made
 
 
-@pytest.mark.parametrize("p", [0.0, 0.3])
-def test_what_is_recorded_can_be_replayed(examples, tapes, p):
+def test_what_is_recorded_can_be_replayed(examples, tapes):
     """To the last bit: nothing of an update is a number of Python's, nor waits for the device, and all that is fed, the
     rates and eps among it, lies where it is read."""
-    numbers = {"hidden_dropout_prob": p, "attention_probs_dropout_prob": p, "updates": 60}
+    numbers = {"hidden_dropout_prob": 0.3, "attention_probs_dropout_prob": 0.3, "updates": 60}
     losses, multipliers, weights = train(examples, **numbers)
     found, found_multipliers, found_weights = train(examples, prepare=replayed(True), **numbers)
     assert max(tape.replays for tape in tapes) == 59 and len(tapes) > 6  # the optimiser's; two of each length
@@ -235,15 +234,8 @@ def test_what_is_recorded_can_be_replayed(examples, tapes, p):
     assert all(torch.equal(found_weights[name], w) for name, w in weights.items())
 
 
-HEADS = {
-    "ner": (xlmr.TokenClassifier, (4, 16)),
-    "mlqa": (xlmr.QuestionAnswering, (4, 2)),
-}
-
-
-@pytest.mark.parametrize("task", HEADS)
-def test_each_head_can_be_replayed(tapes, task):
-    head, shape = HEADS[task]
+@pytest.mark.parametrize(("head", "shape"), [(xlmr.TokenClassifier, (4, 16)), (xlmr.QuestionAnswering, (4, 2))])
+def test_the_other_heads_can_be_replayed(tapes, head, shape):
     input_ids = torch.randint(4, 200, (4, 16), generator=torch.Generator().manual_seed(1))
     input_ids[:2, 10:] = data.PAD
     labels = torch.arange(shape[0] * shape[1]).view(shape) % 3
