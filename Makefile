@@ -196,6 +196,7 @@ evidence:
 	$(MAKE) table8 $(SHORT) TASKS=ner SEEDS="1 2" ARGS="$(NER_960) --window 80 --phase fraction"
 	$(MAKE) table1 $(SHORT) TASKS=ner SEEDS="1 2 3" ARGS="$(NER_240)"
 	$(MAKE) table6 $(SHORT) TASKS=ner ARGS="$(NER_240)"
+	$(MAKE) table5 $(SHORT) TASKS=ner SEEDS="1 2" ARGS="$(NER_240) --phase fraction"
 	$(MAKE) ner $(SHORT) METHODS=slowfast ARGS="$(NER_240) --phase fraction"
 
 results: .venv/figures
