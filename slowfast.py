@@ -352,7 +352,7 @@ class Adam(torch.optim.Optimizer):
         loss = None if closure is None else torch.enable_grad()(closure)()
         parts, scalars = [], []
         for group in self.param_groups:
-            (beta1, beta2), by_step = group["betas"], {}  # {t: what is at its t-th step}: as a rule one t
+            (beta1, beta2), by_step = group["betas"], {}  # {(t, ...): what is at its t-th step}: as a rule one t
             for p in group["params"]:
                 if p.grad is not None:
                     t, row = self.of_one(p)
