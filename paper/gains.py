@@ -106,56 +106,81 @@ def part_in_P1(setup, settings):
 # --- the figure ----------------------------------------------------------------------------------------------
 
 RIVALS = ("noisytune", "fs", "ff", "slowfast")
-PANELS = {"mean": "Δ mean (points)", "source": "Δ source (points)", "gap": "Δ gap (points)"}
+PANELS = {"mean": "Δ mean", "source": "Δ source", "gap": "Δ gap"}
+BY_PART = "mean by part in P1"
 # what runs of one kind may differ in here: their length, and what is measured of them
 LENGTH = {"max_updates", "epochs", "window", *(x for x, f in FIELDS.items() if f.metadata.get("group") == MEASURING)}
 
 
 def draw_gains(setups, path):
-    """Draws what methods have more than df, with 95 % intervals over seeds: against the number of updates, of runs of
-    one kind, that of which there are most lengths; and of slowfast against the part of the updates in P1, of all
-    setups. Returns the files, as `draw` does; [] if there are not two lengths."""
+    """Draws what methods have more than df, with 95 % intervals over seeds. A row of panels for each task: against the
+    number of updates, of runs of one kind, that of which there are most lengths; and the mean of slowfast against the
+    part of the updates in P1, of all setups. Returns the files, as `draw` does; [] if no task has two lengths."""
     import matplotlib.figure
     import matplotlib.style
 
-    kinds = [(sorted({n for n, _ in gains}), task, gains) for (task, _), gains in gains_of(setups).items()]
-    lengths, task, gains = max(kinds, key=lambda kind: len(kind[0]), default=([], "", {}))
-    if len(lengths) < 2:
+    kinds = {}
+    for (task, _), gains in sorted(gains_of(setups).items(), key=lambda kind: len(lengths_of(kind[1]))):
+        kinds[task] = gains
+    tasks = [task for task in TASK_NAMES if len(lengths_of(kinds.get(task, ()))) > 1]
+    if not tasks:
         return []
-    methods = [method for method in RIVALS if any(method == there for _, there in gains)]
-    rows = [
-        (quantity, n, method, *difference(gains[n, method], {"method": method}, DF, quantity))
-        for n, method, quantity in itertools.product(lengths, methods, PANELS)
+    rows = [row for task in tasks for row in [*gains_by_length(task, kinds[task]), *gains_by_part(task, setups)]]
+    methods = [method for method in RIVALS if any(method == series for _, _, _, series, *_ in rows)]
+    with matplotlib.style.context(["default", STYLE]):
+        picture = matplotlib.figure.Figure(figsize=(6.3, 0.5 + 1.5 * len(tasks)), layout="constrained")
+        axes = picture.subplots(len(tasks), len(PANELS) + 1, squeeze=False)
+        for task, (*by_length, by_part) in zip(tasks, axes):
+            lengths = lengths_of(kinds[task])
+            for ax, quantity in zip(by_length, PANELS):
+                draw_bars(ax, [row for row in rows if row[:2] == (task, quantity)], methods, lambda x, i: x * 1.15**i)
+                ax.set_xscale("log")
+                ax.set_xticks(lengths, [f"{n:,}" for n in lengths])
+                ax.minorticks_off()
+                ax.set_xlabel(f"updates of {TASK_NAMES[task]}")
+            draw_bars(by_part, [row for row in rows if row[:2] == (task, BY_PART)], methods, lambda x, i: x)
+            by_part.set(xlabel="slowfast: % in P1", xlim=(0, None))
+        for ax, label in zip(axes[0], [*PANELS.values(), PANELS["mean"]]):
+            ax.set_title(label)
+        for ax in axes[:, 0]:
+            ax.set_ylabel("points")
+        draw_legend(picture, axes, methods)
+        header = ["task", "quantity", "x", "series", "minus df", "low", "high"]
+        return written(picture, [header, *rows], path)
+
+
+def lengths_of(gains):
+    return sorted({n for n, _ in gains})
+
+
+def gains_by_length(task, gains):
+    """[(task, quantity, number of updates, method, its difference from df, low, high)] of a kind of gains_of()"""
+    return [
+        (task, quantity, n, method, *difference(gains[n, method], {"method": method}, DF, quantity))
+        for n, method, quantity in itertools.product(lengths_of(gains), RIVALS, PANELS)
         if (n, method) in gains
     ]
-    by_part = gains_by_part(setups)
-    tasks = [task for task in TASK_NAMES.values() if any(task == row[2] for row in by_part)]
-    with matplotlib.style.context(["default", STYLE]):
-        picture = matplotlib.figure.Figure(figsize=(6.3, 3.6), layout="constrained")
-        axes = picture.subplots(2, 2).ravel()
-        for ax, (quantity, label) in zip(axes, PANELS.items()):
-            draw_bars(ax, [row for row in rows if row[0] == quantity], methods, lambda x, i: x * 1.12**i)
-            ax.set_xscale("log")
-            ax.margins(x=0.1)
-            ax.set_xticks(lengths, [f"{n:,}" for n in lengths])
-            ax.minorticks_off()
-            ax.set(xlabel=f"updates of {TASK_NAMES[task]}", ylabel=label)
-        draw_bars(axes[-1], by_part, tasks, lambda x, i: x, first=len(methods))
-        axes[-1].set(xlabel="slowfast: % of the updates in P1", xlim=(0, None), ylabel=PANELS["mean"])
-        draw_legend(picture, axes, [*methods, *tasks])
-        header = ["quantity", "x", "series", "minus df", "low", "high"]
-        return written(picture, [header, *rows, *by_part], path)
 
 
-def draw_bars(ax, rows, names, beside, first=0):
-    """A point and a bar for each row, a look for each name; beside(x, i) is where those of the i-th from the middle
+def gains_by_part(task, setups):
+    """[(task, BY_PART, percent of the updates in P1, "slowfast", its difference from df in the mean, low, high)]"""
+    return [
+        (task, BY_PART, 100 * part_of(s, OURS), "slowfast", *difference(s, OURS, DF, "mean"))
+        for s in setups if s.task == task and says_something(s)
+    ]  # fmt: skip
+
+
+def draw_bars(ax, rows, methods, beside):
+    """A point and a bar for each row, a look for each method; beside(x, i) is where those of the i-th from the middle
     stand."""
     ax.axhline(0, color="0.4", linewidth=0.6)
-    for i, name in enumerate(names):
-        points = [(beside(x, i - (len(names) - 1) / 2), *found) for _, x, of, *found in rows if of == name]
+    there = [method for method in methods if any(method == series for _, _, _, series, *_ in rows)]
+    for i, method in enumerate(there):
+        points = [(beside(x, i - (len(there) - 1) / 2), *found) for _, _, x, series, *found in rows if series == method]
         x, mean, low, high = np.array(points).T
-        style = look(first + i) | {"linestyle": "none"}
-        ax.errorbar(x, mean, [mean - low, high - mean], label=name, capsize=1.5, elinewidth=0.8, **style)
+        style = look(methods.index(method)) | {"linestyle": "none"}
+        ax.errorbar(x, mean, [mean - low, high - mean], label=method, capsize=1.5, elinewidth=0.8, **style)
+    ax.margins(x=0.1)
 
 
 def gains_of(setups):
@@ -173,11 +198,3 @@ def gains_of(setups):
         kind: {gain: max(there, key=lambda one: one[:2])[2] for gain, there in gains.items()}
         for kind, gains in found.items()
     }
-
-
-def gains_by_part(setups):
-    """[("mean by part in P1", percent of the updates in P1, the task, slowfast's difference from df, low, high)]"""
-    return [
-        ("mean by part in P1", 100 * part_of(s, OURS), TASK_NAMES[s.task], *difference(s, OURS, DF, "mean"))
-        for s in setups if says_something(s)
-    ]  # fmt: skip

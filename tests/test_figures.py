@@ -1,6 +1,7 @@
 """Figures: the files that `draw` leaves, their numbers against the logs, and how they look."""
 
 import csv
+import itertools
 import json
 import os
 import statistics
@@ -259,7 +260,7 @@ draw("figure7", setups_of(read_runs([sys.argv[1]])), sys.argv[2])"""
 def test_what_methods_gain_by_length(tmp_path, looked):
     """Of the runs of one kind, which differ in length, window and what they measure; each method once a length, of
     the setup with most seeds of it, or else most runs; not of one seed; with the intervals that `difference` has. And
-    slowfast of all setups, by its part in P1: here 47 updates."""
+    slowfast of all setups, by its part in P1: here 47 updates. A row of panels for each task of two lengths."""
     place = {"df": 0, "slowfast": 1, "fs": 2, "noisytune": 3, "ff": 4}
 
     def gaining(methods, n, seeds, times=1, **settings):
@@ -275,10 +276,21 @@ def test_what_methods_gain_by_length(tmp_path, looked):
     alone = [run_of({"en": 5.0, "de": 4.0}, m, max_updates=30) | {"updates": 30} for m in ("df", "fs")]
     other = [run_of({"en": 5.0, "de": 4.0}, m, seed, lr=0.1, max_updates=n) | {"updates": n}
              for m in ("df", "slowfast") for n in (480, 720) for seed in (1, 2)]  # fmt: skip
-    files = draw_gains(setups_of([*again, *runs, *alone, *other]), tmp_path / "gains")
+    ner = [gaining(["slowfast"], n, (1, 2), task="ner", lr=rate) for n, rate in ((500, 1), (300, 1), (300, 2))]
+    qam = gaining(["slowfast"], 600, (1, 2), task="qam")
+    made = [*again, *runs, *alone, *other, *qam, *itertools.chain(*ner)]
+    files = draw_gains(setups_of(made), tmp_path / "gains")
     assert [file.name for file in files] == ["gains.svg", "gains.png", "gains.csv"]
     with open(files[2], newline="", encoding="utf-8") as file:
         rows = [*csv.DictReader(file)]
+    assert [task for task, _ in itertools.groupby(row["task"] for row in rows)] == ["xnli", "ner"]
+    found = [(row["quantity"], float(row["x"]), float(row["minus df"])) for row in rows if row["task"] == "ner"]
+    assert [name for name, *_ in found] == ["mean", "source", "gap"] * 2 + ["mean by part in P1"] * 3
+    by_length = [(n, gain) for n in (300, 500) for gain in (0.75, 0, -1.5)]
+    np.testing.assert_allclose([x for _, *x in found[:6]], by_length, atol=1e-9)
+    by_part = sorted((4700 / n, 0.75) for n in (500, 300, 300))
+    np.testing.assert_allclose(sorted(x for _, *x in found[6:]), by_part, atol=1e-9)
+    rows = [row for row in rows if row["task"] == "xnli"]
     rows, by_part = rows[: 3 * len(expected)], rows[3 * len(expected) :]
     assert {(int(r["x"]), r["series"]) for r in rows} == {*expected}
     for row in rows:
@@ -294,8 +306,8 @@ def test_what_methods_gain_by_length(tmp_path, looked):
     np.testing.assert_allclose(found, sorted((4700 / updates, gain) for updates, gain in gains), atol=1e-9)
     check_look(looked, files[1])
     shown = [said for said, *_ in looked.texts]
-    assert {*"XNLI noisytune fs ff slowfast 240 960 14,070".split(), "updates of XNLI", "Δ gap (points)"} <= set(shown)
-    again = draw_gains(setups_of([*again, *runs, *alone, *other]), tmp_path / "again")
+    assert {*"noisytune fs ff slowfast 240 960 14,070 300 500".split(), "updates of XNLI", "updates of NER"} <= {*shown}
+    again = draw_gains(setups_of(made), tmp_path / "again")
     assert [file.read_bytes() for file in files] == [file.read_bytes() for file in again]
 
 
