@@ -193,7 +193,7 @@ evidence:
 	$(MAKE) ner $(SHORT) METHODS=slowfast ARGS="$(NER_960) --window 20"
 	$(MAKE) ner $(SHORT) METHODS=df SEEDS="5 6" ARGS="$(NER_960) --window 80"
 	$(MAKE) ner $(SHORT) METHODS=slowfast SEEDS="1 2 3 4 5 6" ARGS="$(NER_960) --window 80 --phase fraction"
-	$(MAKE) ner $(SHORT) METHODS="df slowfast" SEEDS="1 2 3" ARGS="$(NER_3840) --phase fraction"
+	$(MAKE) ner $(SHORT) METHODS="df slowfast" ARGS="$(NER_3840) --phase fraction"
 	$(MAKE) table1 table6 $(SHORT) TASKS=ner SEEDS="1 2" ARGS="$(NER_960) --window 80"
 	$(MAKE) table8 $(SHORT) TASKS=ner SEEDS="1 2" ARGS="$(NER_960) --window 80 --phase fraction"
 	$(MAKE) table1 $(SHORT) TASKS=ner SEEDS="1 2 3" ARGS="$(NER_240)"
