@@ -131,13 +131,14 @@ def draw_gains(setups, path):
         picture = matplotlib.figure.Figure(figsize=(6.3, 0.5 + 1.5 * len(tasks)), layout="constrained")
         axes = picture.subplots(len(tasks), len(PANELS) + 1, squeeze=False)
         for task, (*by_length, by_part) in zip(tasks, axes):
-            lengths = lengths_of(kinds[task])
+            lengths, s = lengths_of(kinds[task]), next(iter(kinds[task].values())).settings
+            part = f", P1 {100 * s['fraction']:g} %" if s.get("phase") == "fraction" else ""
             for ax, quantity in zip(by_length, PANELS):
                 draw_bars(ax, [row for row in rows if row[:2] == (task, quantity)], methods, lambda x, i: x * 1.15**i)
                 ax.set_xscale("log")
                 ax.set_xticks(lengths, [f"{n:,}" for n in lengths])
                 ax.minorticks_off()
-                ax.set_xlabel(f"updates of {TASK_NAMES[task]}")
+                ax.set_xlabel(f"updates of {TASK_NAMES[task]}{part}")
             draw_bars(by_part, [row for row in rows if row[:2] == (task, BY_PART)], methods, lambda x, i: x)
             by_part.set(xlabel="slowfast: % in P1", xlim=(0, None))
         for ax, label in zip(axes[0], [*PANELS.values(), PANELS["mean"]]):
