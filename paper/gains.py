@@ -119,35 +119,44 @@ def draw_gains(setups, path):
     import matplotlib.figure
     import matplotlib.style
 
-    kinds = {}
-    for (task, _), gains in sorted(gains_of(setups).items(), key=lambda kind: len(lengths_of(kind[1]))):
-        kinds[task] = gains
-    tasks = [task for task in TASK_NAMES if len(lengths_of(kinds.get(task, ()))) > 1]
-    if not tasks:
+    kinds = kinds_of(setups)
+    if not kinds:
         return []
-    rows = [row for task in tasks for row in [*gains_by_length(task, kinds[task]), *gains_by_part(task, setups)]]
+    rows = [row for task in kinds for row in [*gains_by_length(task, kinds[task]), *gains_by_part(task, setups)]]
     methods = [method for method in RIVALS if any(method == series for _, _, _, series, *_ in rows)]
     with matplotlib.style.context(["default", STYLE]):
-        picture = matplotlib.figure.Figure(figsize=(6.3, 0.5 + 1.5 * len(tasks)), layout="constrained")
-        axes = picture.subplots(len(tasks), len(PANELS) + 1, squeeze=False)
-        for task, (*by_length, by_part) in zip(tasks, axes):
-            lengths, s = lengths_of(kinds[task]), next(iter(kinds[task].values())).settings
-            part = f", P1 {100 * s['fraction']:g} %" if s.get("phase") == "fraction" else ""
-            for ax, quantity in zip(by_length, PANELS):
-                draw_bars(ax, [row for row in rows if row[:2] == (task, quantity)], methods, lambda x, i: x * 1.15**i)
-                ax.set_xscale("log")
-                ax.set_xticks(lengths, [f"{n:,}" for n in lengths])
-                ax.minorticks_off()
-                ax.set_xlabel(f"updates of {TASK_NAMES[task]}{part}")
-            draw_bars(by_part, [row for row in rows if row[:2] == (task, BY_PART)], methods, lambda x, i: x)
-            by_part.set(xlabel="slowfast: % in P1", xlim=(0, None))
+        picture = matplotlib.figure.Figure(figsize=(6.3, 0.5 + 1.5 * len(kinds)), layout="constrained")
+        axes = picture.subplots(len(kinds), len(PANELS) + 1, squeeze=False)
+        for task, panels in zip(kinds, axes):
+            draw_row(panels, task, kinds[task], [row for row in rows if row[0] == task], methods)
         for ax, label in zip(axes[0], [*PANELS.values(), PANELS["mean"]]):
             ax.set_title(label)
-        for ax in axes[:, 0]:
-            ax.set_ylabel("points")
         draw_legend(picture, axes, methods)
         header = ["task", "quantity", "x", "series", "minus df", "low", "high"]
         return written(picture, [header, *rows], path)
+
+
+def draw_row(panels, task, gains, rows, methods):
+    """The panels of a task: one for each of PANELS, and one of the part in P1."""
+    lengths, s = lengths_of(gains), next(iter(gains.values())).settings
+    part = f", P1 {100 * s['fraction']:g} %" if s.get("phase") == "fraction" else ""
+    *by_length, by_part = panels
+    for ax, quantity in zip(by_length, PANELS):
+        draw_bars(ax, [row for row in rows if row[1] == quantity], methods, lambda x, i: x * 1.15**i)
+        ax.set_xscale("log")
+        ax.set_xticks(lengths, [f"{n:,}" for n in lengths])
+        ax.minorticks_off()
+        ax.set_xlabel(f"updates of {TASK_NAMES[task]}{part}")
+    draw_bars(by_part, [row for row in rows if row[1] == BY_PART], methods, lambda x, i: x)
+    by_part.set(xlabel="slowfast: % in P1", xlim=(0, None))
+    panels[0].set_ylabel("points")
+
+
+def kinds_of(setups):
+    """{task: its kind of gains_of() that has most lengths}, of the tasks that have two lengths."""
+    kinds = sorted(gains_of(setups).items(), key=lambda kind: len(lengths_of(kind[1])))
+    longest = {task: gains for (task, _), gains in kinds if len(lengths_of(gains)) > 1}  # the last of a task stays
+    return {task: longest[task] for task in TASK_NAMES if task in longest}
 
 
 def lengths_of(gains):
