@@ -200,6 +200,9 @@ evidence:
 	$(MAKE) table6 $(SHORT) TASKS=ner ARGS="$(NER_240)"
 	$(MAKE) table5 $(SHORT) TASKS=ner SEEDS="1 2" ARGS="$(NER_240) --phase fraction"
 	$(MAKE) ner $(SHORT) METHODS=slowfast ARGS="$(NER_240) --phase fraction"
+	$(MAKE) ner $(SHORT) METHODS="df slowfast" SHOTS=5 ARGS="$(NER_240) --phase fraction"
+	$(MAKE) ner $(SHORT) METHODS="df slowfast" SHOTS=10 ARGS="$(NER_240) --phase fraction"
+	$(MAKE) ner $(SHORT) METHODS="df slowfast" SHOTS=20 ARGS="$(NER_240) --phase fraction"
 
 results: .venv/figures
 	$(PAPER) report results --out results --readme README.md
