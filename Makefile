@@ -189,6 +189,7 @@ NER_240  := $(ONCE) --max-updates 240 --window 20 --dev-examples 300 --gap-every
 evidence:
 	$(MAKE) xnli $(SHORT) ARGS="$(XNLI_240)"
 	$(MAKE) xnli $(SHORT) ARGS="$(XNLI_960)"
+	$(MAKE) table6 $(SHORT) TASKS=xnli SEEDS="1 2" ARGS="$(XNLI_240)"
 	$(MAKE) ner $(SHORT) METHODS="df slowfast" ARGS="$(NER_960) --window 80"
 	$(MAKE) ner $(SHORT) METHODS=slowfast ARGS="$(NER_960) --window 20"
 	$(MAKE) ner $(SHORT) METHODS=df SEEDS="5 6" ARGS="$(NER_960) --window 80"
