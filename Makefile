@@ -185,6 +185,7 @@ XNLI_960 := $(ONCE) --max-updates 960 --window 80 --dev-examples 500 --gap-every
 NER_960  := $(ONCE) --max-updates 960 --epochs 2 --dev-examples 300 --gap-every 240 --gap-examples 100
 NER_3840 := $(ONCE) --max-updates 3840 --epochs 7 --dev-examples 300 --gap-every 960 --gap-examples 100 --window 320
 NER_240  := $(ONCE) --max-updates 240 --window 20 --dev-examples 300 --gap-every 0 --log-every 20
+MLQA_480 := $(ONCE) --max-updates 480 --window 40 --dev-examples 300 --gap-every 160 --gap-examples 50 --log-every 20
 
 evidence:
 	$(MAKE) xnli $(SHORT) ARGS="$(XNLI_240)"
@@ -195,6 +196,7 @@ evidence:
 	$(MAKE) ner $(SHORT) METHODS=df SEEDS="5 6" ARGS="$(NER_960) --window 80"
 	$(MAKE) ner $(SHORT) METHODS=slowfast SEEDS="1 2 3 4 5 6" ARGS="$(NER_960) --window 80 --phase fraction"
 	$(MAKE) ner $(SHORT) METHODS="df slowfast" ARGS="$(NER_3840) --phase fraction"
+	$(MAKE) mlqa $(SHORT) METHODS="df slowfast" ARGS="$(MLQA_480) --phase fraction"
 	$(MAKE) table1 table6 $(SHORT) TASKS=ner SEEDS="1 2" ARGS="$(NER_960) --window 80"
 	$(MAKE) table8 $(SHORT) TASKS=ner SEEDS="1 2" ARGS="$(NER_960) --window 80 --phase fraction"
 	$(MAKE) table1 $(SHORT) TASKS=ner SEEDS="1 2 3" ARGS="$(NER_240)"
