@@ -13,9 +13,8 @@ In a loop of somebody else's (the Trainer's, Lightning's, accelerate's; with acc
 SlowFast(optimizer, watch=model), or watch=criterion, sees for itself of what loss each update was made, and raises
 where it cannot. The optimiser's checkpoints carry the loss windows.
 
-This file is whole: it imports torch and the standard library alone. Copy it. In the order of the paper: the weight
-sets, the learning curve, the methods (which set gets which K), the multiplier K, Adam and its schedule, the training
-loop; then how models name their weights (CONVENTIONS), and what keeps K from being wrong unnoticed.
+Copy this file: it is whole, and imports torch and the standard library alone. First the method, in the paper's order,
+Adam and the training loop; then how models name their weights, and what keeps K from being wrong unnoticed.
 """
 
 import contextlib
@@ -165,17 +164,16 @@ class SlowFast:
     c1, c2, r   the paper's constants: K of policy I (< 1), K of policy IV (> 1), the power in R (> 0)
     method      a name in METHODS or a Method: which cell gets which K in which phase
     phase       "loss": P1 is where the mean loss of the last `window` updates is more than `threshold` below that
-                of the `window` before (4.1), and the start, until both are full: a short run takes short ones. A run
-                can come back. "fraction": P1 is the first `fraction` of `total_updates` (Section 2.2)
-    policy4     "on", "off", or "auto": on while the last two layers still move away from the pre-trained model,
-                as told by `observe_similarity` (Section 3.2)
+                of the `window` before (4.1), and the start, until both are full. A run can come back. "fraction": P1
+                is the first `fraction` of `total_updates` (Section 2.2)
+    policy4     "on", "off", or "auto": while the last two layers still move (3.2), as `observe_similarity` tells
     scale       "rate": K multiplies the learning rate (not the gradient: Adam would cancel that), and with it weight
                 decay that is tied to the rate. "update": what the step did to the weights, Eq. 1 to the letter, for
                 optimisers that choose their own rate (Prodigy, Adafactor); it takes a copy of the scaled weights
 
-    K is in force during `optimizer.step()` only: outside of it `group["lr"]` reads what the schedule set. What is saved
-    of the optimiser carries the policies. Raises ValueError for arguments out of range, an optimiser that cannot be
-    scaled or is already, a method of whose sets no weight is trained; RuntimeError in a step that K cannot be on."""
+    K is in force during `optimizer.step()` only. What is saved of the optimiser carries the policies. Raises ValueError
+    for arguments out of range, an optimiser that cannot be scaled or is already, a method of whose sets no weight is
+    trained, a watched sum; RuntimeError in a step that K cannot be on."""
 
     def __init__(self, optimizer, c1=0.01, c2=10, r=3, *, watch=None, method="slowfast", window=100, threshold=0.1,
                  phase="loss", fraction=0.2, total_updates=None, policy4="on", scale="rate"):  # fmt: skip
@@ -193,15 +191,14 @@ class SlowFast:
         self.curve, self.similarities = LearningCurve(window), deque(maxlen=10)
         self.updates = self.updates_in_first_phase = 0
         self._undo = contextlib.ExitStack()  # what detach() takes off again
-        refuse(optimizer, self.method, scale)
+        refuse(optimizer, self.method, scale, watch)
         self._watch = Watch(self, optimizer, watch)
         self._put_around(optimizer)
 
     def observe(self, loss):
-        """Takes L_t, the training loss of this update, a number or a one-element tensor; call it before the step. In
-        one (an evaluation of a line search) it does nothing. Under torch.distributed it is averaged over the ranks, so
-        that all have the same K. A loss that is not finite raises FloatingPointError and a negative one ValueError (phi
-        is a ratio); neither enters the window."""
+        """Takes L_t, the mean loss of this update, a number or a one-element tensor; call it once, before the step; in
+        one (a line search) it does nothing. Under torch.distributed it is averaged over the ranks. One that is not
+        finite raises FloatingPointError, a negative one ValueError (phi is a ratio); neither enters the window."""
         if self._watch.stepping:
             return
         self._watch.expect_a_step()
@@ -294,7 +291,7 @@ class SlowFast:
             for p, old, k in scaled:
                 p.copy_(torch.lerp(old, p, k))  # Eq. 1: theta_old + K (theta_new - theta_old)
             return
-        kept = [group["lr"] is in_force for group, _, in_force in scaled]
+        kept = [group["lr"] is k and not getattr(k, "_version", 0) for group, _, k in scaled]
         for group, scheduled, _ in scaled:
             group["lr"] = scheduled
         if not all(kept):
@@ -359,8 +356,7 @@ class Adam(torch.optim.Optimizer):
                     # A CPU takes each tensor by itself, in its cache from pass to pass: XLM-R base 0.20 s, not 0.38.
                     by_step.setdefault((t, p if p.is_cpu else None), []).append(row)
             for (t, _), rows in by_step.items():
-                # m_hat / (sqrt(v_hat) + eps) = m / (sqrt(v) + eps c) * c / (1 - beta1^t), with c = sqrt(1 - beta2^t):
-                # one pass over the weights fewer than with the corrected moments.
+                # m_hat / (sqrt(v_hat) + eps) = m / (sqrt(v) + eps c) * c / (1 - beta1^t): a pass over them fewer
                 c = math.sqrt(1 - beta2**t)
                 parts.append((*map(list, zip(*rows)), group["betas"]))
                 scalars.append((float(group["lr"]) * c / (1 - beta1**t), group["eps"] * c))
@@ -477,9 +473,8 @@ OWN = "append a row to CONVENTIONS, or give param_groups places of your own"
 
 
 def places(model):
-    """({parameter name: Place}, number of layers) of a model whose names CONVENTIONS knows, under any prefix. A final
-    norm of the layers is of the head. Raises ValueError, naming what it saw, for a model without a list of layers or
-    with more than one, and for layers that share weights, lack a number or a block, or have a weight no row names."""
+    """({parameter name: Place}, number of layers) of a model whose names CONVENTIONS knows, under any prefix. Raises
+    ValueError, naming what it saw, for no list of layers or several, and layers that share weights or lack a part."""
     names = {name: re.sub(WRAPPERS, "", name) for name, _ in model.named_parameters()}
     path, listed = the_list(names.values()), " ".join(names.values())
     found = {name: place_of(plain, path, listed) for name, plain in names.items()}
@@ -551,18 +546,20 @@ def placed(model, own):
 # --- on watch: K is never silently wrong or without effect ---------------------------------------------------------
 
 
-def refuse(optimizer, method, scale):
-    """Raises ValueError for an optimiser on which K would have no effect, or a wrong one."""
+def refuse(optimizer, method, scale, watch):  # raises ValueError where K would have no effect, or a wrong one
     groups = {group.get("name"): group for group in optimizer.param_groups if group["params"]}
     sets = {*method.P1, *method.P2}
     if not hasattr(optimizer, "_optimizer_state_dict_post_hooks"):
         raise ValueError("give torch's optimiser itself, not what accelerator.prepare wraps around it")
-    if "__reduce_ex__" in vars(optimizer):
+    if any(getattr(hook, "__module__", 0) == __name__ for hook in optimizer._optimizer_state_dict_post_hooks.values()):
         raise ValueError("this optimiser has policies already: K would be applied twice; detach() those first")
-    if not groups.keys() & set(CELLS):
-        raise ValueError("the optimiser's groups have no names: build it with param_groups(model)")
+    if not groups.keys() & {*CELLS} or groups.keys() & SETS.keys() - {*CELLS}:
+        raise ValueError("the optimiser's groups have no names, or a set's for a cell's: build it with param_groups")
     if sets and not groups.keys() & sets:
         raise ValueError(f"no weight of {', '.join(sorted(sets))} is trained: the method would change nothing")
+    sums = getattr(watch, "reduction", None) == "sum" and type(watch).__module__ == "torch.nn.modules.loss"
+    if sums or not isinstance(watch, torch.nn.Module | None):
+        raise ValueError("watch a module that returns a mean loss (a sum grows with the batch), or call observe")
     own = any(group.get("lr") is None or group.get("line_search_fn") for group in optimizer.param_groups)
     if scale == "rate" and (own or not heeds_its_rate(optimizer)):
         raise ValueError(f"{type(optimizer).__name__} chooses its own rate: give SlowFast scale='update'")
@@ -572,7 +569,7 @@ def refuse(optimizer, method, scale):
 
 def heeds_its_rate(optimizer):
     """Whether, of two weights, one that has a tenth of the rate moves less. True for what cannot be tried so."""
-    weights, start = [torch.nn.Parameter(torch.ones(4, 4)) for _ in range(2)], None
+    weights, start = [torch.nn.Parameter(torch.ones(4, 4).double()) for _ in range(2)], None
     try:
         with torch.random.fork_rng(devices=[]):
             known = inspect.signature(type(optimizer)).parameters.keys() & optimizer.defaults
@@ -582,7 +579,7 @@ def heeds_its_rate(optimizer):
                     start = torch.stack(weights).detach()
                     tried.param_groups[1]["lr"] = tried.param_groups[1]["lr"] * 0.1
                 for w in weights:
-                    w.grad = 0.1 * torch.arange(16.0).add(t).mul(t + 1).sin().view(4, 4)
+                    w.grad = 0.1 * torch.arange(16.0).add(t).mul(t + 1).sin().view(4, 4).double()
                 tried.step()
     except Exception:  # once the rates differ: those that have one for all weights say so
         return start is None
@@ -598,36 +595,39 @@ def local(x):
 class Watch:
     """Sees to it that each step has its loss and each loss its step. The losses are those that are differentiated among
     what a module returns: what is called "loss", the first of a tuple, or a tensor without dimensions. The gradient g
-    that arrives at a loss is what it was multiplied by, 1/accumulation or a loss scale: L_t = sum(g loss) / sum(g) over
-    an update's micro-batches. Evaluations are not differentiated. Losses divided by Hugging Face's num_items_in_batch,
-    that of all micro-batches, are added up."""
+    that arrives at a loss is what it was multiplied by, 1/accumulation or a loss scale: L_t = sum(g loss) / sum(g), the
+    mean. Losses divided by Hugging Face's num_items_in_batch, the tensor, that of all micro-batches, are added up."""
 
     policies = None  # of a copy, which watches nothing: the hooks are copied with a module
+    __getstate__ = dict  # {}
 
     def __init__(self, policies, optimizer, module):
         self.policies, self.optimizer, self.on, self.stepping = policies, optimizer, module is not None, False
-        self.seen, self.left = [], []  # [loss, g, divided, the pass that it is in, None after it]; what was written
+        self.seen, self.left, self.gone = [], [], False  # losses, see mean(); what was written; was a loss dropped?
         self.go_on(knows=not any(isinstance(s, dict) and s and s.get("step", 1) > 0 for s in optimizer.state.values()))
         optimizer.__reduce_ex__ = self.refuse_copy  # where copy and pickle look first
         policies._undo.callback(delattr, optimizer, "__reduce_ex__")
-        save = optimizer.register_state_dict_post_hook(lambda _, state: state.update(slowfast=policies.state_dict()))
-        policies._undo.callback(save.remove)
-        policies._undo.callback(optimizer.register_load_state_dict_pre_hook(self.load).remove)
+        hooks = [
+            optimizer.register_state_dict_post_hook(lambda _, state: state.update(slowfast=policies.state_dict())),
+            optimizer.register_load_state_dict_pre_hook(self.load),
+            optimizer.register_load_state_dict_post_hook(lambda _: self.held and policies.load_state_dict(self.held)),
+        ]
+        policies._undo.callback(lambda: [hook.remove() for hook in hooks])
         if self.on:
+            for known in (module._forward_pre_hooks, module._forward_hooks):
+                for key, hook in [*known.items()]:
+                    former = getattr(hook, "__self__", None)  # of an optimiser that had these weights before
+                    if isinstance(former, Watch) and former.policies and {*former.params()} & {*self.params()}:
+                        del known[key]
             before, after = (types.MethodType(torch.compiler.disable(f), self) for f in (Watch.before, Watch.after))
-            policies._undo.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
-            policies._undo.callback(module.register_forward_hook(after, with_kwargs=True).remove)
-
-    def __getstate__(self):
-        return {}
+            hooks += [module.register_forward_pre_hook(before, with_kwargs=True)]
+            hooks += [module.register_forward_hook(after, with_kwargs=True)]
 
     def refuse_copy(self, protocol):
         raise TypeError("a copy of this optimiser would step without K: copy its state_dict, or detach() the policies")
 
     def load(self, optimizer, state):
-        self.knows = False  # the policies, of what is loaded
-        if "slowfast" in state:
-            self.policies.load_state_dict(state["slowfast"])
+        self.knows, self.held = False, state.get("slowfast")  # until all of it is loaded
         groups = [dict(group) for group in state["param_groups"]]  # which may have no names, or others
         for loaded, group in zip(groups, optimizer.param_groups):
             loaded.update({"name": group["name"]} if "name" in group else {})
@@ -641,31 +641,31 @@ class Watch:
     def params(self):
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
-    def writes(self):
-        """Tells whether anything has been written to weights or gradients between two calls."""
+    def writes(self):  # tells whether anything has been written to weights or gradients between two calls
         return [(p._version, id(p.grad), getattr(p.grad, "_version", None)) for p in self.params()]
 
-    def evaluate(self, closure):
-        """Evaluates a closure before K is set. What the optimiser asks for first is then known, unless it has moved
-        weights or dropped gradients meanwhile, as SAM does."""
+    def evaluate(self, closure):  # before K is set; not again, unless weights or gradients are new meanwhile, as SAM's
         with torch.enable_grad():
             first, then = [closure()], self.writes()
         return lambda: first.pop() if first and self.writes() == then else closure()
 
-    def begin(self):
-        """The optimiser is about to step: takes what was watched. Raises, or warns, if there is no loss for it."""
+    def begin(self):  # the optimiser is about to step: takes what was watched; raises, or warns, if that is nothing
         if not self.knows:
             raise RuntimeError("the optimiser has stepped without these policies (a resumed run?): load their state, "
                                "or policies.load_state_dict(policies.state_dict()) to begin anew")  # fmt: skip
         groups, self.mark = self.optimizer.param_groups, []
+        if bool(getattr(self.optimizer, "found_inf", False)):  # GradScaler leaves it to a fused one to skip a step
+            self.seen, self.gone, self.stepping = [], False, True
+            return
         if self.seen and self.stepped is not None:  # (not observed by hand)
+            if self.gone and [grad for _, grad, _ in self.writes()] != [grad for _, grad, _ in self.left]:
+                raise RuntimeError("gradients of several losses, put together by hand: call policies.observe(loss)")
             self.policies.observe(self.mean())
-        self.seen.clear()
+        self.seen, self.gone = [], False
         moving = {i for i, group in enumerate(groups) if any(p.grad is not None for p in group["params"])}
-        if self.stepped is None:
-            self.stepped = set()
+        self.stepped = self.stepped or set()
         # (a step at rates of 0 is how torch's distributed checkpoints have an optimiser make its state)
-        elif moving & self.stepped and any(group.get("lr") != 0 for group in groups):
+        if moving & self.stepped and any(group.get("lr") != 0 for group in groups):
             if self.on or self.policies.updates == 0:
                 raise RuntimeError("no loss was differentiated that a watched module returned, nor observed: watch "
                                    "what computes it, such as a criterion, or call policies.observe(loss)")  # fmt: skip
@@ -673,16 +673,14 @@ class Watch:
         self.stepped |= moving
         self.mark, self.stepping = [], True
 
-    def expect_a_step(self):
-        """A loss has come. Raises RuntimeError if the one before it had no step of ours and yet weights have moved."""
+    def expect_a_step(self):  # a loss has come; raises if the one before had no step of ours and yet weights have moved
         if any(not torch.equal(local(p), value) for p, value in self.mark):
-            raise RuntimeError("weights moved between two losses, but not by the step of the optimiser that SlowFast "
-                               "has: give it the one that steps (of SAM the base, and call observe)")  # fmt: skip
+            raise RuntimeError("weights moved between two losses, but not by the step of the optimiser SlowFast has: "
+                               "detach(), or give the one that steps (of SAM the base, and call observe)")  # fmt: skip
         some = sorted(self.params(), key=lambda p: (p.grad is None, local(p).numel() == 0, p.numel()))[:3]
         self.mark = [(p, local(p).detach().clone()) for p in some]
 
-    def before(self, module, args, kwargs):
-        """Lets num_items_in_batch have a gradient: it gets one if the loss is divided by it."""
+    def before(self, module, args, kwargs):  # lets num_items_in_batch have a gradient, if the loss is divided by it
         n = kwargs.get("num_items_in_batch")
         if n is not None and torch.is_grad_enabled():
             kwargs = kwargs | {"num_items_in_batch": torch.as_tensor(n).detach().float().clone().requires_grad_()}
@@ -706,10 +704,11 @@ class Watch:
         if all(backward != now for *_, backward in self.seen):
             # What broke off has no part in L_t, nor has what was dropped without a step (by GradScaler).
             gone = before != self.left and not any(p.grad is not None and local(p.grad).any() for p in params)
+            self.gone |= gone and self.seen != [] and local(params[0]) is params[0]
             self.seen = [one for one in self.seen if one[-1] is None and not gone]
         if not self.seen:
             self.expect_a_step()
-        one = [*loss, now]
+        one = [*loss, now]  # the loss, g, whether it was divided, and the pass that it is in: None after it
         self.seen.append(one)
 
         def arrived():  # at the pass's end: an attack on the inputs has written nothing; FSDP holds gradients back
@@ -719,8 +718,7 @@ class Watch:
 
         torch.autograd.Variable._execution_engine.queue_callback(arrived)
 
-    def mean(self):
-        """L_t of what was seen since the last step."""
+    def mean(self):  # L_t of what was seen since the last step
         total = math.fsum(float((g.double() * loss.double()).sum()) for loss, g, *_ in self.seen)
         weights, ranks = [float(g.sum()) for _, g, *_ in self.seen], number_of_ranks()
         weight = math.fsum(weights)
@@ -728,4 +726,6 @@ class Watch:
             if ranks > 1 and weights[0] not in (1, ranks):
                 raise RuntimeError("several ranks share one batch at a loss scale: call policies.observe(loss)")
             weight = weights[0] if ranks == 1 else 1.0
+        if not any(weights):  # loss * 0: a batch that was masked out
+            total, weight = math.fsum(float(loss.mean()) for loss, *_ in self.seen), len(self.seen)
         return total / weight if weight else math.nan

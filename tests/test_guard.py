@@ -141,18 +141,37 @@ def test_a_compiled_step_has_the_rates_and_weights_of_one_that_is_not(what, back
         assert ours == plain
 
 
+def fill(optimizer, rate):
+    """A user's own schedule, of rates that are tensors."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["lr"].fill_(rate) if torch.is_tensor(group["lr"]) else rate
+
+
 @both
-def test_a_rate_set_within_the_step_raises(watch):
-    pair = Pair(watch=watch)
+@pytest.mark.parametrize("rate", [RATE, A_TENSOR], ids=["number", "tensor"])
+@pytest.mark.parametrize("hook", ["before", "after", "scheduler"])
+def test_a_rate_set_within_the_step_raises(hook, rate, watch):
+    def make(groups):
+        own = [{**group, "lr": copy.deepcopy(rate)} for group in groups]
+        return torch.optim.AdamW(own, lr=copy.deepcopy(rate), weight_decay=0.1, foreach=False)
+
+    pair = Pair(make, watch=watch)
     schedule = lr_schedulers.ExponentialLR(pair.optimizer, 0.9)
-    handle = pair.optimizer.register_step_post_hook(lambda *_: schedule.step())
+    if hook == "before":
+        handle = pair.optimizer.register_step_pre_hook(lambda optimizer, *_: fill(optimizer, RATE / 2))
+    elif hook == "after":
+        handle = pair.optimizer.register_step_post_hook(lambda optimizer, *_: fill(optimizer, RATE / 2))
+    else:
+        handle = pair.optimizer.register_step_post_hook(lambda *_: schedule.step())
     pair.backward()
     with pytest.raises(RuntimeError, match=r"call scheduler.step\(\) after"):
         pair.optimizer.step()
     handle.remove()
     pair.plain.step()
-    assert {g["lr"] for g in pair.optimizer.param_groups} == {RATE}
-    pair.update()
+    scheduled = [g["lr"] for g in pair.optimizer.param_groups]
+    assert scheduled == [rate] * len(CELLS)
+    if hook != "before":
+        pair.update()
 
 
 def test_groups_that_are_added_later_have_their_K():
@@ -203,6 +222,21 @@ def test_two_on_one_optimiser_raise():
     with pytest.raises(ValueError, match=r"has policies already.*detach"):
         SlowFast(pair.optimizer)
     pair.update()
+    pair.policies.detach()
+    SlowFast(pair.optimizer)
+
+
+@pytest.mark.parametrize("first", ["optimiser", "wrapper"])
+def test_one_on_an_optimiser_and_one_on_fabrics_wrapper_raise(first):
+    """The wrapper has its dictionary, and so the hooks, but attributes of its own."""
+    fabric = pytest.importorskip("lightning.fabric").Fabric(accelerator="cpu")
+    model = Model()
+    plain = adamw(model.groups())
+    _, wrapped = fabric.setup(model, plain)
+    one, other = (plain, wrapped) if first == "optimiser" else (wrapped, plain)
+    SlowFast(one)
+    with pytest.raises(ValueError, match=r"has policies already.*detach"):
+        SlowFast(other)
 
 
 def test_what_is_wrapped_around_an_optimiser_raises():
@@ -290,6 +324,23 @@ def test_an_optimiser_that_has_stepped_already_raises_until_it_is_told_to_begin_
     pair.policies, pair.watch = SlowFast(pair.optimizer, method=ONE_EACH, watch=watch and pair.model or None), watch
     pair.backward()
     with pytest.raises(RuntimeError, match=r"to begin anew"):
+        pair.optimizer.step()
+    pair.policies.load_state_dict(pair.policies.state_dict())
+    pair.update()
+
+
+def test_a_state_that_the_optimiser_refuses_is_not_half_loaded():
+    """The windows are those of the weights and moments that are there."""
+    first, pair = Pair(), Pair()
+    first.update(), pair.update()
+    losses = pair.policies.state_dict()["losses"]
+    state = first.optimizer.state_dict()
+    del state["param_groups"][-1]
+    with pytest.raises(ValueError, match="parameter group"):
+        pair.optimizer.load_state_dict(state)
+    assert pair.policies.state_dict()["losses"] == losses and pair.policies.updates == 1
+    pair.backward()
+    with pytest.raises(RuntimeError, match="to begin anew"):
         pair.optimizer.step()
     pair.policies.load_state_dict(pair.policies.state_dict())
     pair.update()
@@ -487,9 +538,11 @@ def test_one_weight_that_never_moves_does_not_hide_the_others():
 
 
 @both
-def test_a_step_that_grad_scaler_leaves_out_is_nobodys_fault(watch):
-    """Its loss joins the mean of no other; observed by hand, it is a loss of its own."""
-    pair = Pair(watch=watch)
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_that_grad_scaler_leaves_out_is_nobodys_fault(fused, watch):
+    """Its loss joins the mean of no other; observed by hand, it is a loss of its own. A fused optimiser's step is
+    called all the same, and leaves itself out."""
+    pair = Pair(lambda groups: torch.optim.AdamW(groups, lr=RATE, fused=fused), watch=watch)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     for is_skipped in (False, True, True, False):
         pair.t += 1
@@ -659,8 +712,11 @@ def test_a_method_of_no_trained_cell_raises():
     with pytest.raises(ValueError, match="no weight of V_II is trained"):
         SlowFast(adamw(Model(("rest", "S_II")).groups()), method="ff")
     SlowFast(adamw(Model(("rest",)).groups()), method="df")
-    with pytest.raises(ValueError, match="groups have no names: build it with param_groups"):
+    with pytest.raises(ValueError, match="groups have no names.*build it with param_groups"):
         SlowFast(adamw(Model().parameters()))
+    for name in ("S_I", "V_I", "V_I_ffn"):  # which would have K = 1
+        with pytest.raises(ValueError, match="a set's for a cell's.*param_groups"):
+            SlowFast(adamw([*Model().groups(), {"name": name, "params": [torch.nn.Parameter(torch.ones(2))]}]))
     empty = [{**group, "params": group["params"] * (group["name"] == "rest")} for group in Model().groups()]
     with pytest.raises(ValueError, match="no weight of"):
         SlowFast(adamw(empty))
@@ -679,6 +735,9 @@ HEED = [
     of("torch.optim", "ASGD"),
     of("torch.optim", "SGD", lr=0.0),
     of("torch.optim", "AdamW", lr=torch.tensor(RATE)),
+    of("torch.optim", "AdamW", lr=1e-9),
+    of("torch.optim", "AdamW", fused=True),
+    of("torch.optim", "Muon"),
     of("transformers.optimization", "Adafactor", lr=RATE, relative_step=False),
     of("pytorch_optimizer", "Lamb"),
     of("pytorch_optimizer", "AdamP"),
@@ -690,8 +749,12 @@ HEED = [
 ]
 CHOOSE = [
     of("prodigyopt", "Prodigy"),
+    of("prodigyopt", "Prodigy", lr=1e-3),  # its moves are lost in float32
     of("dadaptation", "DAdaptAdam"),
     of("dadaptation", "DAdaptSGD"),
+    of("dadaptation", "DAdaptSGD", lr=0.1),
+    of("dadaptation", "DAdaptAdaGrad", lr=0.01),
+    of("pytorch_optimizer", "DAdaptLion", lr=0.01),
     of("transformers.optimization", "Adafactor", lr=None),
     of("torch.optim", "Rprop"),
     of("pytorch_optimizer", "DAdaptAdam"),

@@ -7,6 +7,7 @@ computes each micro-batch's loss anew, or notes it, and the test means them as t
 import collections
 import contextlib
 import copy
+import gc
 import importlib.util
 import io
 import json
@@ -14,6 +15,7 @@ import os
 import subprocess
 import sys
 import warnings
+import weakref
 from pathlib import Path
 
 import pytest
@@ -235,6 +237,18 @@ def out_of_memory(net, optimizer):
     return losses
 
 
+def masked(net, optimizer):
+    """Every other batch counts for nothing, and yet all of its weights have a gradient, of 0, as DDP asks for."""
+    losses = []
+    for i, (x, y) in enumerate(batches()):
+        loss = net(x, y)["loss"]
+        (loss * (i % 2)).backward()
+        losses.append(loss.item())
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses
+
+
 def gradient_penalty(net, optimizer):
     """Differentiated twice, once to look at the gradient."""
     losses = []
@@ -264,6 +278,7 @@ LOOPS = {
     "checkpointing": checkpointed(False),
     "checkpointing, reentrant": checkpointed(True),
     "out of memory": out_of_memory,
+    "a batch that counts for nothing": masked,
 }
 
 
@@ -325,10 +340,11 @@ ZERO = {
 
 @pytest.mark.parametrize("zero", ZERO)
 @pytest.mark.parametrize("passes", [1, 2])
-def test_grad_scaler_and_steps_that_it_skips(zero, passes):
+@pytest.mark.parametrize("fused", [False, True])
+def test_grad_scaler_and_steps_that_it_skips(fused, zero, passes):
     """Two of the updates, one after the other, overflow: their losses join no mean. In 1 or 2 micro-batches."""
     net, losses, skipped = Net(), [], (2, 3)
-    optimizer = sgd_of(net)
+    optimizer = torch.optim.SGD(groups(net), lr=0.5, fused=fused)  # which leaves itself out
     policies, scaler = SlowFast(optimizer, watch=net), torch.amp.GradScaler("cpu", init_scale=2.0**10)
     each = iter(batches(7 * passes))
     for t in range(7):
@@ -413,6 +429,53 @@ def test_a_step_for_which_no_loss_was_seen_raises(missed):
     assert seen(policies)[-1] == 0.7 and not all(map(torch.equal, before, net.parameters()))
 
 
+@pytest.mark.parametrize("buffer", ["a sum of the tasks' gradients", "a buffer of clipped ones"])
+def test_gradients_of_several_losses_put_together_by_hand_raise(buffer):
+    """PCGrad and DP-SGD: what was seen last is one loss of several."""
+    net = Net()
+    optimizer = sgd_of(net)
+    policies = SlowFast(optimizer, watch=net)
+    for t, (x, y) in enumerate(batches(3)):
+        total = [torch.zeros_like(p) for p in net.parameters()]
+        for i in range(4):
+            optimizer.zero_grad()
+            net(x[i : i + 1], y[i : i + 1])["loss"].backward()
+            if buffer == "a buffer of clipped ones":
+                torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+            total = [b + p.grad / 4 for b, p in zip(total, net.parameters())]
+        for p, b in zip(net.parameters(), total):
+            p.grad = b
+        with pytest.raises(RuntimeError, match=r"put together by hand: call policies.observe"):
+            optimizer.step()
+        policies.observe(0.7 + t)
+        optimizer.step()
+    assert seen(policies) == [0.7, 1.7, 2.7]
+
+
+class Divided(torch.nn.CrossEntropyLoss):
+    """What divides a sum itself is a mean."""
+
+    def forward(self, logits, y):
+        return super().forward(logits, y) / len(y)
+
+
+def test_what_returns_a_sum_or_is_no_module_is_not_watched():
+    net = Net()
+    optimizer = sgd_of(net)
+    for criterion in (torch.nn.CrossEntropyLoss(reduction="sum"), cross_entropy, net.forward):
+        with pytest.raises(ValueError, match="watch a module that returns a mean loss"):
+            SlowFast(optimizer, watch=criterion)
+    criterion, losses = Divided(reduction="sum"), []
+    policies = SlowFast(optimizer, watch=criterion)  # nothing was put on it before
+    for x, y in batches():
+        loss = criterion(net(x, y)["logits"], y)
+        loss.backward()
+        losses.append(loss.item())
+        optimizer.step()
+        optimizer.zero_grad()
+    assert seen(policies) == close(losses)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite_stops_before_a_weight_moves(bad):
     net = Net()
@@ -494,6 +557,44 @@ def test_detach_takes_everything_off():
     assert all(map(torch.equal, net.parameters(), twin.parameters()))
     again = SlowFast(optimizer, watch=net)
     assert close(plain(net, optimizer)) == seen(again)
+
+
+def test_an_optimiser_made_anew_takes_the_watch_over():
+    """A notebook's cell run again, Lightning's next fit: the former one is let go, and says so if it is stepped."""
+    net = Net()
+    optimizer = sgd_of(net)
+    hooks = hooks_of(net)
+    first = SlowFast(optimizer, watch=net)
+    watched = hooks_of(net)
+    plain(net, optimizer)
+    again = sgd_of(net)
+    second = SlowFast(again, watch=net)
+    assert plain(net, again) == pytest.approx(seen(second), rel=1e-5)
+    assert hooks_of(net) == watched and len(seen(first)) == len(seen(second)) == 8
+    (x, y), *_ = batches()
+    net(x, y)["loss"].backward()
+    with pytest.raises(RuntimeError, match=r"no loss was differentiated.*watch"):
+        optimizer.step()
+    lifetime = weakref.ref(optimizer)
+    del optimizer, first
+    gc.collect()
+    assert lifetime() is None
+    second.detach()
+    assert hooks_of(net) == hooks
+
+
+def test_two_optimisers_of_one_model_watch_it_both():
+    net, losses = Net(), []
+    both = [torch.optim.SGD([group], lr=0.5) for group in groups(net)]
+    policies = [SlowFast(optimizer, watch=net, method="df") for optimizer in both]
+    for x, y in batches():
+        loss = net(x, y)["loss"]
+        loss.backward()
+        losses.append(loss.item())
+        for optimizer in both:
+            optimizer.step()
+            optimizer.zero_grad()
+    assert [seen(p) for p in policies] == [close(losses)] * 2
 
 
 # --- torch.compile --------------------------------------------------------------------------------------------
