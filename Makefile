@@ -1,5 +1,5 @@
 # make demo     two methods on a few short texts with a small real model: 3 to 6 minutes on 2 CPU cores; TASK=ner, mlqa, qam
-# make test     all tests: about 4 minutes on 2 CPU cores
+# make test     all tests: about 5 minutes on 2 CPU cores
 # make check    format, lint and the quick tests: under a minute
 # make xnli     the paper's XNLI runs (a GPU; the model and the data are downloaded); make mlqa, make ner, make qam likewise
 # make table1 ... table8, figure1 ... figure7, tables, figures
@@ -34,7 +34,7 @@ RUN       := .venv/bin/python
 PAPER     := $(RUN) -m paper
 E5        := models/multilingual-e5-small
 
-OPTIONS    = --setup $(SETUP) --model $(MODEL) --data $(DATA) --seeds $(SEEDS) --tasks $(TASKS) --args="$(ARGS)"
+OPTIONS    = --setup $(SETUP) --model $(MODEL) --data $(DATA) --seeds $(SEEDS) --tasks $(TASKS) --args='$(subst ','\'',$(ARGS))'
 
 .PHONY: demo test check $(ALL_TASKS) $(TABLES) $(FIGURES) plan report check-targets small evidence results bench soak clean
 .SECONDARY:
@@ -43,8 +43,19 @@ OPTIONS    = --setup $(SETUP) --model $(MODEL) --data $(DATA) --seeds $(SEEDS) -
 
 GOALS   := $(or $(MAKECMDGOALS),demo)
 MODELS  := models/xlm-roberta-base models/xlm-roberta-large $(E5)
+WEIGHTS  = $(if $(filter $(MODELS),$(MODEL)),$(MODEL)/model.safetensors)
 
 $(foreach name,METHODS SEEDS TASKS TARGETS,$(if $(strip $($(name))),,$(error $(name) is empty)))
+$(foreach name,MODEL DATA,$(if $(word 2,$($(name))),\
+	$(error $(name)=$($(name)) has a space in it, which make cannot take: give a link to it)))
+override MODEL := $(patsubst %/,%,$(MODEL))
+
+# what make xnli sets itself
+OWN := method seed setup model data shots runs out
+ifneq ($(filter $(ALL_TASKS),$(GOALS)),)
+$(foreach name,$(OWN),$(if $(filter --$(name) --$(name)=%,$(ARGS)),\
+	$(error ARGS has --$(name): give METHODS, SEEDS, SETUP, MODEL, DATA or SHOTS; runs and their names are make's)))
+endif
 
 # $(call check,target,the command that it is going to give)
 check = $(if $(filter $(1),$(GOALS)),$(eval said := $$(shell $(or $(wildcard $(RUN)),$(PYTHON)) -m paper.arguments $(2) 2>&1))$(if $(said),$(error $(said))))
@@ -55,8 +66,9 @@ $(foreach target,$(TABLES) $(FIGURES),$(call check,$(target),make $(target) $(OP
 $(call check,plan,plan $(TARGETS) $(OPTIONS))
 
 ifneq ($(filter $(ALL_TASKS) $(TABLES) $(FIGURES) plan,$(GOALS)),)
-$(if $(or $(filter $(MODELS),$(MODEL)),$(wildcard $(MODEL)/model.safetensors)),,\
-	$(error MODEL=$(MODEL): no model.safetensors is in it, and what can be fetched are $(MODELS)))
+$(if $(or $(WEIGHTS),$(wildcard $(MODEL)/model*.safetensors)),,\
+	$(error MODEL=$(MODEL): no model.safetensors is in it, and what can be fetched are $(MODELS). Of a pytorch_model.bin \
+	`python -m paper run` says what to do))
 endif
 
 # --- what the others need ---
@@ -128,14 +140,14 @@ check: .venv/dev
 
 # One target per task and method, so that % is the seed (a method's name may hold a dash).
 define task_runs
-$(1)-run-$(2)-seed%: $(DATA_$(1)) $(MODEL)/model.safetensors
+$(1)-run-$(2)-seed%: $(DATA_$(1)) $(WEIGHTS)
 	$(PAPER) run $(1) --method $(2) --seed $$* --setup $(SETUP) --model $(MODEL) --data $(DATA) --shots $(SHOTS) $(ARGS)
 endef
 $(foreach task,$(ALL_TASKS),$(foreach method,$(METHODS),$(eval $(call task_runs,$(task),$(method)))))
 
 define task_table
 $(1): .venv/figures $(foreach seed,$(SEEDS),$(foreach method,$(METHODS),$(1)-run-$(method)-seed$(seed)))
-	$(PAPER) table runs/$(SETUP)/$(1)/$(notdir $(MODEL))
+	$(PAPER) table runs/$(SETUP)/$(1)/$(notdir $(abspath $(MODEL)))
 endef
 $(foreach task,$(ALL_TASKS),$(eval $(call task_table,$(task))))
 
@@ -149,10 +161,10 @@ $(foreach target,tables figures,$(eval needs_$(target) := $(ALL_TASKS)))
 needs_figure5 := mlqa ner
 
 .SECONDEXPANSION:
-$(TABLES) $(FIGURES): .venv/figures $(MODEL)/model.safetensors $$(foreach t,$$(filter $(TASKS),$$(needs_$$@)),$$(DATA_$$t))
+$(TABLES) $(FIGURES): .venv/figures $(WEIGHTS) $$(foreach t,$$(filter $(TASKS),$$(needs_$$@)),$$(DATA_$$t))
 	$(PAPER) make $@ $(OPTIONS)
 
-plan: .venv/run $(MODEL)/model.safetensors
+plan: .venv/run $(WEIGHTS)
 	$(PAPER) plan $(TARGETS) $(OPTIONS)
 
 report: .venv/figures

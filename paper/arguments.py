@@ -125,8 +125,10 @@ def check_targets(parser, args):
         args.args = shlex.split(args.args)
     except ValueError as e:
         parser.error(f"--args {args.args}: {e}")
+    shown = {task for target in args.targets for task in TARGETS.get(target, ("", TASK_NAMES))[1]}
     for task in args.tasks:
-        options_of_run(args, task, VARIED | {"seed": args.seeds[0]})
+        if task in shown:
+            options_of_run(args, task, VARIED | {"seed": args.seeds[0]})
 
 
 def options_of_run(args, task, settings):

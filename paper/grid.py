@@ -141,7 +141,7 @@ def plan(args):
 def make(args):
     """Runs what the targets lack, then prints the tables and draws the figures. Returns the exit status: 2 if a run
     diverged."""
-    runs, failed, elsewhere = planned(args), [], 0
+    runs, failed, elsewhere = planned(args), [], []
     ranks.first(tidy_finished, runs)
     lacking = ranks.first(lacking_of, args, runs)
     for n, (folder, tests_alone) in enumerate(lacking.items(), 1):
@@ -149,20 +149,20 @@ def make(args):
         if there and not tests_alone:  # another process has made it meanwhile
             continue
         if taken:
-            elsewhere += 1
+            elsewhere.append(folder)
             continue
         print(f"run {n} of {len(lacking)}: {folder}", file=sys.stderr)
         try:
             start(runs[folder])
         except Taken:  # while this process was still reading its data another has taken the run, or even made it
-            elsewhere += tests_alone or not ranks.first(is_there, folder)
+            elsewhere.append(folder)
         except FloatingPointError as e:  # it says something of its settings, not of the others
             print(f"paper: {folder}: {e}", file=sys.stderr)
             failed.append(folder)
     ranks.first(show_made, args, runs)
-    if elsewhere:
-        print(f"paper: another process is at {elsewhere} of these runs; the same command shows them when it is done",
-              file=sys.stderr)  # fmt: skip
+    if elsewhere := ranks.first(lacking_of, args, {folder: runs[folder] for folder in elsewhere}):
+        print(f"paper: another process is at {len(elsewhere)} of these runs; the same command shows them when it is "
+              "done", file=sys.stderr)  # fmt: skip
     if failed:
         print(f"paper: {len(failed)} runs diverged and are not shown: {', '.join(map(str, failed))}", file=sys.stderr)
     return 2 if failed else 0

@@ -177,8 +177,9 @@ class Options:
                          group=TRAINING, type=whole(1, LONGEST), metavar="N")
     max_question: int = option(None, "mlqa: pieces of a question (paper: 64)", group=TRAINING, type=whole(1, LONGEST),
                                metavar="N")
-    micro_batch: int = option(None, "compute this many examples at a time, if memory is short", decides=WAY,
-                              group=TRAINING, type=whole(1, 10**5), metavar="N")
+    micro_batch: int = option(
+        None, "compute this many examples at a time, if memory is short (dropout is then drawn otherwise)",
+        decides=WAY, group=TRAINING, type=whole(1, 10**5), metavar="N")
     device: str = option(None, "cpu, cuda, cuda:1 (default: cuda if there is one)", decides=WAY, group=TRAINING,
                         type=checked("cpu|cuda(:[0-9]{1,2})?", "a device: cpu, cuda or cuda:N"), metavar="NAME")
     precision: str = option(None, "of the matrix products (default: bf16 where the device is fast at it)", named=False,
@@ -234,7 +235,7 @@ class Options:
         values = ((name, getattr(self, name)) for name in named)
         differing = [f"{name}={value}" for name, value in values if value != getattr(setups, name)]
         name = "-".join([self.method, *differing, f"seed{self.seed}"])
-        return Path(self.runs, self.setup, self.task, Path(self.model).resolve().name, name)
+        return Path(self.runs, self.setup, self.task, Path(os.path.abspath(self.model)).name, name)
 
 
 FIELDS = {f.name: f for f in fields(Options)}
@@ -323,6 +324,8 @@ def clash(o):
             return f"--tests {o.tests}: {o.task} has no test set {name!r}; there are {', '.join(known)}"
     if o.task == "mlqa" and o.source != "en":
         return f"--source {o.source}: question answering is trained on SQuAD, which is English"
+    if o.shots and o.languages == o.source:
+        return f"--shots {o.shots}: --languages {o.languages} has no other language to draw them from"
     if o.languages and o.source not in o.languages.split(","):
         return f"--languages {o.languages} lacks {o.source}, the source: the gap is measured from it"
     if o.task == "mlqa" and (room := o.max_length - 4 - o.max_question) < o.stride:

@@ -9,6 +9,7 @@ A Setup is the runs that may stand in one table: they differ in the seed and in 
 import functools
 import json
 import statistics
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from eval import MEASURES, summary
 from paper.arguments import TASK_NAMES, VARIED
 from paper.finished import read_counts, read_log, read_result, source_of, splits_of
 from paper.methods import METHODS
-from paper.options import FIELDS, POLICIES, RESULT, decides
+from paper.options import FIELDS, POLICIES, RESULT, SEED, decides
 
 # {table: {row: {column: [mean, standard deviation over 4 seeds]}}}: Tables 1 to 8 of the paper, as printed
 PAPER = json.loads(Path(__file__).with_name("numbers.json").read_text(encoding="utf-8"))
@@ -48,7 +49,19 @@ def read_runs(folders):
     if damaged:
         more = f"; {len(damaged) - 1} more of these {len(files)} runs are damaged" if damaged[1:] else ""
         raise InputError(damaged[0] + more)
+    say_what_is_twice(runs)
     return runs
+
+
+def say_what_is_twice(runs):
+    """Warns of two runs that settings and seed call one, and whose scores are not the same (of another device)."""
+    first = {}
+    for run in runs:
+        kept = {k: v for k, v in run["settings"].items() if decides(k) in (RESULT, SEED)}
+        other = first.setdefault(json.dumps(kept, sort_keys=True), run)
+        if any(scores_of(run, split) != scores_of(other, split) for split in splits_of(run)):
+            what = f"{other['folder']} and {run['folder']} have the same settings and seed, and other scores"
+            print(f"paper: {what}: the last is shown; give one of them", file=sys.stderr)
 
 
 def scores_of(run, split, measure=None):
@@ -95,10 +108,10 @@ class Setup:
     def comparable(self):
         """Whether its scores may stand beside the paper's: of the test sets in the paper's languages, after whole
         epochs on the official files in English. Whatever is short or of the demo's texts is of another kind."""
-        s = self.settings
+        s, languages = self.settings, PAPER_LANGUAGES.get(self.task, [])
         return (
             s.get("max_updates") is None and not self.of_the_demos_texts and source_of(self.runs[0]) == SOURCE
-            and self.split == "test" and self.measure is None and self.languages == sorted(PAPER_LANGUAGES[self.task])
+            and self.split == "test" and self.measure is None and self.languages == sorted(languages)
         )  # fmt: skip
 
     @property
@@ -133,14 +146,14 @@ def setups_of(runs):
     """The Setups of a list of runs, in the paper's order of tasks, the longest runs of each first. Scores are of the
     test sets, if all runs of a setup were measured on them, or of XQuAD, or of the dev sets."""
     groups = {}
-    for run in runs:
+    for run in map(without_idle_constants, runs):
         groups.setdefault(run["settings"]["task"], {}).setdefault(kind_of(run["settings"]), []).append(run)
     setups = []
-    for task in (task for task in TASK_NAMES if task in groups):
+    for task in sorted(groups, key=lambda task: [*TASK_NAMES, task].index(task)):
         kinds = sorted(lent(groups[task]), key=lambda members: -max(run["updates"] for run in members))
         for n, members in enumerate(kinds):
             split = next(x for x in ("test", "xquad", "dev") if all(x in splits_of(run) for run in members))
-            name = TASK_NAMES[task] + (f" ({chr(ord('a') + n)})" if len(kinds) > 1 else "")
+            name = TASK_NAMES.get(task, task) + (f" ({chr(ord('a') + n)})" if len(kinds) > 1 else "")
             setups.append(Setup(task, name, members, split))
     return setups
 
@@ -181,6 +194,14 @@ def without_phases(run):
         return row is not None and row.policies == "df"
     P1, P2 = row.policies
     return P1 == P2 and not any(isinstance(k, str) for k in P1.values())
+
+
+def without_idle_constants(run):
+    """The run; of one that no policy changes, such as df's, with the paper's c1, c2 and r, which it has not used: with
+    any others it stands beside the runs that have."""
+    settings, idle = run["settings"], {k: VARIED[k] for k in ("c1", "c2", "r")}
+    idles = without_phases(run) and any(settings.get(k, value) != value for k, value in idle.items())
+    return run | {"settings": settings | idle} if idles else run
 
 
 def label_of(settings):

@@ -9,6 +9,7 @@ import errno
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -239,6 +240,11 @@ MAKE = {
     "tables TASKS=foo": "argument --tasks: invalid choice: 'foo'",
     "figures SEEDS=": "SEEDS is empty",
     "plan TARGETS=table9": "argument TARGET: invalid choice: 'table9'",
+    "xnli MODEL=my\\ model": "MODEL=my model has a space in it, which make cannot take: give a link",
+    "table6 DATA=my\\ data": "DATA=my data has a space in it",
+    "xnli ARGS=--seed=7": "ARGS has --seed: give METHODS, SEEDS, SETUP, MODEL, DATA or SHOTS",
+    "qam ARGS='--lr 1e-5 --runs other'": "ARGS has --runs",
+    "table3 ARGS='--languages de'": "--languages de lacks en, the source",
 }
 
 
@@ -263,14 +269,21 @@ def make(folder, *arguments):
 
 @pytest.mark.parametrize("line", MAKE)
 def test_make_says_what_is_wrong_before_it_installs_or_downloads(makefile, line):
-    one_line(*make(makefile, *line.split()), rf"^Makefile:\d+: \*\*\* .*{MAKE[line]}.*Stop\.$")
+    one_line(*make(makefile, *shlex.split(line)), rf"^Makefile:\d+: \*\*\* .*{MAKE[line]}.*Stop\.$")
 
 
 def test_make_goes_on_where_nothing_is_wrong(makefile):
-    lines = ("demo TASK=qam", "xnli SHOTS=5 SEEDS=1", "table6 TASKS=ner SETUP=small", "plan TARGETS=figure5 TASKS=ner")
+    lines = ("demo TASK=qam", "xnli SHOTS=5 SEEDS=1", "table6 TASKS=ner SETUP=small", "plan TARGETS=figure5 TASKS=ner",
+             "table3 ARGS='--source de --max-length 60'", """table3 ARGS='--languages "en, de"'""")  # fmt: skip
     for line in lines:
-        status, out, err = make(makefile, *line.split())
+        status, out, err = make(makefile, *shlex.split(line))
         assert status == 0 and "-m venv .venv" in out and err == ""
+    mine = makefile / "mine"
+    mine.mkdir()
+    (mine / "model-00001-of-00002.safetensors").touch()  # not by its name alone is a model one that is there
+    for task, model in (("xnli", "mine/"), ("qam", f"{mine}/../mine")):
+        status, out, err = make(makefile, task, "SEEDS=1", "METHODS=df", f"MODEL={model}")
+        assert status == 0 and err == "" and f"-m paper table runs/paper/{task}/mine\n" in out and "model/" not in out
     _, printed, _ = make(makefile, "-p", "-q", "clean")
     for target, (_, tasks) in TARGETS.items():
         assert set(re.search(rf"^needs_{target} := (.*)$", printed, re.M)[1].split()) == {*tasks}

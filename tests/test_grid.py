@@ -11,12 +11,15 @@ from made_up import PAPERS, run_of, write
 from safetensors.torch import load_file, save_file
 from test_tables import NUMBERS
 
+import data
+import eval as measures
 import model as xlmr
 import paper.run
 from paper import folder, grid
 from paper.arguments import parse
 from paper.figures import FIGURES
 from paper.finished import lines_of
+from paper.options import TASKS
 
 TINY = (
     "--max-updates 1 --batch-size 8 --gap-every 1 --cka-every 1 --log-every 1 --window 1 --gap-examples 4 "
@@ -395,6 +398,23 @@ def test_make_goes_on_if_another_process_finishes_a_run_just_before_it(table3, m
     assert len(begun) == 2 and "-" not in shown["df"] | shown["slowfast"]
 
 
+def test_what_another_process_has_ended_meanwhile_is_not_said_to_be_elsewhere(table3, hold, where, monkeypatch):
+    """It stands in the table."""
+    make, folders = table3
+    process, real, begun = hold(folders["df"]), grid.start, []
+
+    def start(options):  # while ours is at slowfast, the other ends df
+        process.kill()
+        process.wait(timeout=60)
+        real(next(run for of_run, run in planned("table3", *begun).items() if of_run == folders["df"]))
+        real(options)
+
+    begun += where.options(folders["df"].parents[4] / "runs")
+    monkeypatch.setattr(grid, "start", start)
+    result, shown = make()
+    assert result.status == 0 and result.messages == [] and "-" not in shown["df"] | shown["slowfast"]
+
+
 def test_make_goes_on_where_a_process_was_killed(table3, tmp_path):
     """Before anything of a run was there, and after its result was."""
     make, folders = table3
@@ -443,6 +463,24 @@ def test_ctrl_c_in_make(table3, monkeypatch):
     assert folder.is_there(folders["df"]) and (folders["slowfast"] / "settings.json").is_file()
     result, shown = make()
     assert result.status == 0 and "-" not in shown["slowfast"]
+
+
+# --- what the README says of adding to it ---------------------------------------------------------------------
+
+
+def test_a_task_is_added_in_the_four_places_that_the_readme_names(where, tmp_path, run_main, monkeypatch):
+    for known in (data.LOADERS, xlmr.HEADS, measures.MEASURES, TASKS):
+        monkeypatch.setitem(known, "paws", known["qam"])
+    runs, options = tmp_path / "runs", [*TINY.split(), "--cache", tmp_path / "cache"]
+    for task, epochs in (("paws", 1), ("paws", 2), ("qam", 1)):  # whole epochs and a part, beside one of the paper's
+        short = options if epochs == 2 else options[2:]
+        of_run = ["--model", where.model, "--data", where.folder / "data", "--runs", runs, *short, "--epochs", epochs]
+        assert run_main("run", task, *of_run, "--method", "df").status == 0
+    for command in ("table", "curves"):
+        result = run_main(command, runs)
+        assert result.status == 0 and re.search(r"^paws \(a\)", result.out, re.M), result
+    assert run_main("report", runs, "--out", tmp_path / "report").status == 0
+    assert "paws (b)" in (tmp_path / "report" / "report.md").read_text()
 
 
 # --- bad command lines ---------------------------------------------------------------------------------------

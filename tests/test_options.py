@@ -87,6 +87,14 @@ def test_a_directory_is_named_by_what_the_run_is(argv, name):
     assert parse([*argv.split(), "--model", "models/m/"]).directory == Path(name)
 
 
+def test_a_link_to_a_model_has_its_own_name(tmp_path):
+    """That under which `make` looks for its runs."""
+    (tmp_path / "5a3f").mkdir()
+    (tmp_path / "xlm-r").symlink_to("5a3f")
+    for given in (tmp_path / "xlm-r", f"{tmp_path}/xlm-r/", f"{tmp_path}/5a3f/../xlm-r"):
+        assert parse(["xnli", "--model", str(given)]).directory == Path("runs/paper/xnli/xlm-r/slowfast-seed1")
+
+
 def test_help_names_every_option_and_method(capsys):
     with pytest.raises(SystemExit) as done:
         parse(["xnli", "--help"])
@@ -123,6 +131,7 @@ def test_help_names_every_option_and_method(capsys):
         ("xnli --stride 8", "--stride is an option of mlqa, not of xnli"),
         ("ner --max-question 8", "--max-question is an option of mlqa, not of ner"),
         ("qam --stride 8", "of mlqa, not of qam"),
+        ("xnli --shots 5 --languages en", "--shots 5: --languages en has no other language"),
     ],
 )
 def test_options_that_make_no_sense(capsys, argv, says):

@@ -24,6 +24,18 @@ def test_runs_are_read_as_they_were_written(tmp_path):
     assert found == [run | {"folder": tmp_path / "runs" / f"run{n}"} for n, run in enumerate(runs)]
 
 
+def test_two_runs_of_the_same_settings_and_seed_are_named(tmp_path, capsys):
+    """Of two devices, say; a copy is no news, nor is a run that was measured on more."""
+    twice = [run_of({"en": 80.0, "de": 70.0}), run_of({"en": 80.0, "de": 70.5})]
+    read_runs([write(tmp_path / "same", twice[0], twice[0])])
+    assert capsys.readouterr().err == ""
+    read_runs([write(tmp_path / "other", *twice)])
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and re.search("other/run0 and .*other/run1 have the same settings and seed", said)
+    setup = setup_of(*twice)
+    assert setup.values(DF, "mean") == {1: 75.25}
+
+
 def test_no_finished_run(tmp_path):
     for folder in (tmp_path, tmp_path / "none"):
         with pytest.raises(InputError, match=re.escape(str(folder))):
@@ -36,12 +48,30 @@ def test_no_finished_run(tmp_path):
 def test_what_tables_vary_and_seeds_make_no_setup():
     scores = {"en": 80.0, "de": 70.0}
     more = {"seed": 2, "method": "ff", "shots": 5, "c1": 0.5, "c2": 5.0, "r": 1.0, "model": "n", "data": "e"}
-    runs = [run_of(scores), *(run_of(scores, **{name: value}) for name, value in more.items())]
+    fs = {"method": "fs"}
+    runs = [run_of(scores, **fs), *(run_of(scores, **fs | {name: value}) for name, value in more.items())]
     setup = setup_of(*runs)
     assert (setup.task, setup.name, setup.split, setup.runs) == ("xnli", "XNLI", "test", runs)
-    assert list(setup.rows) == ["df", "df r=1", "df c2=5", "df c1=0.5", "df shots=5", "ff"]
-    assert setup.seeds({"method": "df"}) == {1: runs[8], 2: runs[1]} and setup.seeds({"method": "fs"}) == {}
-    assert setup.seeds({"method": "df", "c1": 0.5}) == {1: runs[4]} and setup_of(*runs[:7]).seeds(DF)[1] is runs[0]
+    assert list(setup.rows) == ["fs", "fs r=1", "fs c2=5", "fs c1=0.5", "fs shots=5", "ff"]
+    assert setup.seeds(fs) == {1: runs[8], 2: runs[1]} and setup.seeds({"method": "df"}) == {}
+    assert setup.seeds(fs | {"c1": 0.5}) == {1: runs[4]} and setup_of(*runs[:7]).seeds(fs)[1] is runs[0]
+
+
+@pytest.mark.parametrize("method", ["df", "noisytune", "freeze-4"])
+@pytest.mark.parametrize("name", ["c1", "c2", "r"])
+def test_constants_that_a_method_does_not_use_are_no_row_of_it(method, name):
+    """So `make xnli METHODS="df slowfast" ARGS="--c1 0.1"` has a difference from df."""
+    plain, given = (run_of({"en": 80.0, "de": 70.0}, method, **more) for more in ({}, {name: 0.5}))
+    setup = setup_of(given, run_of({"en": 81.0, "de": 72.0}, "slowfast", **{name: 0.5}))
+    assert set(setup.rows) == {method, f"slowfast {name}=0.5"}
+    assert list(setup_of(plain, given).seeds({"method": method})) == [1]
+
+
+def test_a_task_of_ones_own_stands_after_the_papers():
+    runs = [run_of({"en": 80.0, "de": 70.0}, task=task, epochs=1) for task in ("paws", "qam")]
+    ours, papers = reversed(setups_of(runs))
+    assert [(s.task, s.name, s.runs) for s in (papers, ours)] == [("qam", "QAM", runs[1:]), ("paws", "paws", runs[:1])]
+    assert not ours.comparable
 
 
 OTHER = {"lr": 1e-5, "batch_size": 8, "phase": "fraction", "source": "de", "model_sha256": "0", "data_sha256": "1",
