@@ -211,6 +211,8 @@ evidence:
 	$(MAKE) mlqa $(SHORT) METHODS="df slowfast" ARGS="$(MLQA_480) --phase fraction"
 	$(MAKE) table1 table6 $(SHORT) TASKS=ner SEEDS="1 2" ARGS="$(NER_960) --window 80"
 	$(MAKE) table8 $(SHORT) TASKS=ner SEEDS="1 2" ARGS="$(NER_960) --window 80 --phase fraction"
+	$(MAKE) table5 $(SHORT) TASKS=ner SEEDS="1 2" ARGS="$(NER_960) --window 80 --phase fraction"
+	$(MAKE) ner $(SHORT) METHODS="df slowfast" SEEDS="1 3 4" SHOTS=10 ARGS="$(NER_960) --window 80 --phase fraction"
 	$(MAKE) table1 $(SHORT) TASKS=ner SEEDS="1 2 3" ARGS="$(NER_240)"
 	$(MAKE) table6 $(SHORT) TASKS=ner ARGS="$(NER_240)"
 	$(MAKE) table5 $(SHORT) TASKS=ner SEEDS="1 2" ARGS="$(NER_240) --phase fraction"
