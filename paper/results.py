@@ -59,7 +59,7 @@ def say_what_is_twice(runs):
     for run in runs:
         kept = {k: v for k, v in run["settings"].items() if decides(k) in (RESULT, SEED)}
         other = first.setdefault(json.dumps(kept, sort_keys=True), run)
-        if any(scores_of(run, split) != scores_of(other, split) for split in splits_of(run)):
+        if any(scores_of(run, split) != scores_of(other, split) for split in {*splits_of(run)} & {*splits_of(other)}):
             what = f"{other['folder']} and {run['folder']} have the same settings and seed, and other scores"
             print(f"paper: {what}: the last is shown; give one of them", file=sys.stderr)
 

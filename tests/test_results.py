@@ -28,6 +28,7 @@ def test_two_runs_of_the_same_settings_and_seed_are_named(tmp_path, capsys):
     """Of two devices, say; a copy is no news, nor is a run that was measured on more."""
     twice = [run_of({"en": 80.0, "de": 70.0}), run_of({"en": 80.0, "de": 70.5})]
     read_runs([write(tmp_path / "same", twice[0], twice[0])])
+    read_runs([write(tmp_path / "more", twice[0], twice[0] | {"xquad": twice[1]["test"]})])
     assert capsys.readouterr().err == ""
     read_runs([write(tmp_path / "other", *twice)])
     said = capsys.readouterr().err
