@@ -1,5 +1,5 @@
 # make demo     two methods on a few short texts with a small real model: 3 to 6 minutes on 2 CPU cores; TASK=ner, mlqa, qam
-# make test     all tests: about 5 minutes on 2 CPU cores
+# make test     all tests: about 6 minutes on 2 CPU cores
 # make check    format, lint and the quick tests: under a minute
 # make xnli     the paper's XNLI runs (a GPU; the model and the data are downloaded); make mlqa, make ner, make qam likewise
 # make table1 ... table8, figure1 ... figure7, tables, figures
