@@ -356,7 +356,7 @@ class Adam(torch.optim.Optimizer):
                     # A CPU takes each tensor by itself, in its cache from pass to pass: XLM-R base 0.20 s, not 0.38.
                     by_step.setdefault((t, p if p.is_cpu else None), []).append(row)
             for (t, _), rows in by_step.items():
-                # m_hat / (sqrt(v_hat) + eps) = m / (sqrt(v) + eps c) * c / (1 - beta1^t): a pass over them fewer
+                # m_hat / (sqrt(v_hat) + eps) = m / (sqrt(v) + eps c) * c / (1 - beta1^t): a pass over m, v saved
                 c = math.sqrt(1 - beta2**t)
                 parts.append((*map(list, zip(*rows)), group["betas"]))
                 scalars.append((float(group["lr"]) * c / (1 - beta1**t), group["eps"] * c))
@@ -569,7 +569,8 @@ def refuse(optimizer, method, scale, watch):  # raises ValueError where K would 
 
 def heeds_its_rate(optimizer):
     """Whether, of two weights, one that has a tenth of the rate moves less. True for what cannot be tried so."""
-    weights, start = [torch.nn.Parameter(torch.ones(4, 4).double()) for _ in range(2)], None
+    kind = {"dtype": torch.float64, "device": "cpu"}  # in which the smallest moves count, and which all machines have
+    weights, start = [torch.nn.Parameter(torch.ones(4, 4, **kind)) for _ in range(2)], None
     try:
         with torch.random.fork_rng(devices=[]):
             known = inspect.signature(type(optimizer)).parameters.keys() & optimizer.defaults
@@ -579,7 +580,7 @@ def heeds_its_rate(optimizer):
                     start = torch.stack(weights).detach()
                     tried.param_groups[1]["lr"] = tried.param_groups[1]["lr"] * 0.1
                 for w in weights:
-                    w.grad = 0.1 * torch.arange(16.0).add(t).mul(t + 1).sin().view(4, 4).double()
+                    w.grad = 0.1 * torch.arange(16.0, **kind).add(t).mul(t + 1).sin().view(4, 4)
                 tried.step()
     except Exception:  # once the rates differ: those that have one for all weights say so
         return start is None
@@ -587,8 +588,7 @@ def heeds_its_rate(optimizer):
     return not other > 0.5 * one
 
 
-def local(x):
-    """This rank's part of a tensor of FSDP's."""
+def local(x):  # this rank's part of a tensor of FSDP's
     return getattr(x, "_local_tensor", x)
 
 

@@ -7,6 +7,7 @@ the step may be wrapped in, copies and checkpoints, who else moves the weights, 
 optimisers, and scale="update".
 """
 
+import contextlib
 import copy
 import functools
 import io
@@ -784,6 +785,15 @@ def test_an_optimiser_whose_rate_is_one_is_not(make):
     SlowFast(optimizer)
     assert torch.equal(torch.get_rng_state(), drawn) and all(map(torch.equal, before, model.parameters()))
     assert str(dict(optimizer.state)) == str(state) and str(optimizer.param_groups) == str(groups)
+
+
+@pytest.mark.parametrize("name", ["Prodigy", "AdamW"])
+def test_what_heeds_its_rate_is_told_on_any_default_device(name):
+    """Not every device has float64, nor can what is on meta be compared."""
+    optimizer = pytest.importorskip("pytorch_optimizer").Prodigy if name == "Prodigy" else torch.optim.AdamW
+    made = optimizer(Model().groups(), lr=RATE)
+    with torch.device("meta"), pytest.raises(ValueError) if name == "Prodigy" else contextlib.nullcontext():
+        SlowFast(made)
 
 
 def test_a_line_search_is_refused():
